@@ -1,0 +1,294 @@
+"""Writes sealed images to the local and the durable level, and deletes what retention lets go.
+
+Where both levels are due the local file is written first and the durable object is then written from that file, so that
+the slot is free again after the fast one. Decisions about what counts as complete are in `snapshots.py`, hanging
+threads in `writer.py`, what may be deleted in `retention.py`. Everything here runs on the loop, but for what jobs do.
+"""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from resilient.checkpoint.agent.loop import Loop
+from resilient.checkpoint.agent.retention import Deletions, durable_deletions, local_deletions
+from resilient.checkpoint.agent.slots import Slot
+from resilient.checkpoint.agent.snapshots import DURABLE, LOCAL, Progress, Snapshots, Tell
+from resilient.checkpoint.agent.writer import Cancelled, Job, LevelWriter
+from resilient.checkpoint.digest import BLOCK_BYTES
+from resilient.checkpoint.levels.image_io import chunks_of, read_image_range, write_image
+from resilient.checkpoint.levels.store import Store
+from resilient.checkpoint.record import Record
+from resilient.errors import LevelFailed, ResilientError
+from resilient.policy import Policy
+
+CHUNK_BYTES = 8 * BLOCK_BYTES
+FAILURES_KEPT = 100
+
+log = logging.getLogger(__name__)
+
+OpenStore = Callable[[str, int], Store]
+
+
+class Holder(Protocol):
+    """What holds the images in memory."""
+
+    def view(self, slot: Slot) -> memoryview: ...
+    def pin(self, slot: Slot) -> None: ...
+    def unpin(self, slot_id: int) -> None: ...
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Write:
+    """One image on its way to one level. `slot` is pinned while it is read; None where a local file is read instead."""
+
+    level: str
+    key: int
+    record: Record
+    slot: Slot | None
+    then_durable: bool = False
+    job: Job | None = None
+
+
+class Stores:
+    """The stores of the levels, opened when a job first needs them, on the job's own thread."""
+
+    def __init__(self, open_store: OpenStore) -> None:
+        self._open_store = open_store
+        self._lock = threading.Lock()
+        self._opened: dict[str, Store] = {}
+
+    def get(self, url: str, retries: int) -> Store:
+        with self._lock:
+            if url not in self._opened:
+                self._opened[url] = self._open_store(url, retries)
+            return self._opened[url]
+
+
+class Writing:
+    """All writes of this node."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        clock: Callable[[], float],
+        stores: Stores,
+        snapshots: Snapshots,
+        holder: Holder,
+        announce: Callable[[Sequence[Tell]], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._stores = stores
+        self._snapshots = snapshots
+        self._holder = holder
+        self._announce = announce
+        self._settle = settle
+        self._policy = Policy()
+        self._durable_url: str | None = None
+        self._writers = {level: LevelWriter(level, self._policy.write_timeout_s, clock) for level in (LOCAL, DURABLE)}
+        self._writes: list[_Write] = []
+        self._failures: dict[int, deque[str]] = {}
+        self._local_complete: set[int] = set()
+        self._served: set[int] = set()
+        self._refused: dict[str, str] = {}
+
+    def configure(self, policy: Policy, durable_url: str | None, ranks: Iterable[int]) -> None:
+        """What the latest trainer asks for; it holds for jobs that begin from now on."""
+        self._policy, self._durable_url = policy, durable_url
+        self._served.update(ranks)
+        for writer in self._writers.values():
+            writer.timeout_s = policy.write_timeout_s
+
+    def refuse(self, level: str, reason: str) -> None:
+        """From now on every write to a level fails with this reason."""
+        self._refused[level] = reason
+
+    # --- images
+
+    def write(self, slot: Slot, record: Record, levels: Sequence[str]) -> None:
+        """Have a sealed image written to these levels. The slot is pinned until its bytes are not needed for that."""
+        assert slot.snapshot is not None
+        snapshot = slot.snapshot
+        due = [level for level in (LOCAL, DURABLE) if level in levels]
+        for level in due:
+            self._announce(self._snapshots.due(snapshot.key, level))
+        due = [level for level in due if not self._has_failed(snapshot.key, level)]
+        if due:
+            self._holder.pin(slot)
+            then_durable = due == [LOCAL, DURABLE]
+            write = _Write(level=due[0], key=snapshot.key, record=record, slot=slot, then_durable=then_durable)
+            self._submit(write)
+
+    def cancel_failed(self) -> None:
+        """Give up the writes of snapshots that have failed meanwhile."""
+        for write in self._writes:
+            if write.job is not None and self._has_failed(write.key, write.level) and not write.then_durable:
+                write.job.cancel()
+
+    def _has_failed(self, key: int, level: str) -> bool:
+        snapshot = self._snapshots.get(key)
+        return snapshot is None or snapshot.progress.get(level) is Progress.FAILED
+
+    def _submit(self, write: _Write) -> None:
+        record = write.record
+        self._writes.append(write)
+        write.job = Job(
+            name=f"writing the image of rank {record.rank} at step {record.step}",
+            run=self._work_of(write),
+            done=lambda error: self._loop.post(lambda: self._done(write, error)),
+        )
+        reason = self._refused.get(write.level) or self._not_configured(write.level)
+        if reason is not None:
+            write.job.done(LevelFailed(f"{write.job.name} at level {write.level}: {reason}"))
+        else:
+            self._writers[write.level].submit(write.job)
+
+    def _not_configured(self, level: str) -> str | None:
+        if level == LOCAL and self._policy.local is None:
+            return "the policy names no folder for it (local)"
+        if level == DURABLE and self._durable_url is None:
+            return "the run has no URL"
+        return None
+
+    def _work_of(self, write: _Write) -> Callable[[Callable[[], bool]], None]:
+        """What the writing thread does; made on the loop, so that it needs none of our state."""
+        stores, policy, record = self._stores, self._policy, write.record
+        url = policy.local if write.level == LOCAL else self._durable_url
+        compression = policy.durable_compression if write.level == DURABLE else None
+        view = None if write.slot is None else self._holder.view(write.slot)
+
+        def work(is_cancelled: Callable[[], bool]) -> None:
+            assert url is not None
+
+            def chunks() -> Iterable[memoryview]:
+                if view is not None:
+                    found = chunks_of(view, CHUNK_BYTES)
+                else:
+                    assert policy.local is not None
+                    found = _chunks_of_file(stores.get(policy.local, policy.retries), record)
+                return _until(is_cancelled, found)
+
+            store = stores.get(url, policy.retries)
+            write_image(store, record, chunks, compression=compression, cancelled=is_cancelled)
+
+        return work
+
+    def _done(self, write: _Write, error: ResilientError | None) -> None:
+        self._writes.remove(write)
+        record = write.record
+        if error is None:
+            if self._snapshots.get(write.key) is not None:
+                self._announce(self._snapshots.arrive(write.key, write.level, record.rank))
+        else:
+            log.warning("rank %d, step %d, level %s: %s", record.rank, record.step, write.level, error)
+            self._failures.setdefault(record.rank, deque(maxlen=FAILURES_KEPT)).append(str(error))
+            if self._snapshots.get(write.key) is not None:
+                self._announce(self._snapshots.fail(write.key, write.level, record.rank, str(error)))
+        keeps_slot = self._go_on(write, written=error is None)
+        if write.slot is not None and not keeps_slot:
+            self._holder.unpin(write.slot.id)
+        self._settle()
+
+    def _go_on(self, write: _Write, *, written: bool) -> bool:
+        """Begin the durable write that follows a local one; whether it still needs the slot."""
+        if not write.then_durable or self._has_failed(write.key, DURABLE):
+            return False
+        slot = None if written else write.slot  # without a file it has to come from memory
+        self._submit(_Write(level=DURABLE, key=write.key, record=write.record, slot=slot))
+        return slot is not None
+
+    # --- retention
+
+    def retain(self, level: str, step: int) -> None:
+        """A step became complete at a level: delete there what is not to be kept."""
+        policy, served = self._policy, frozenset(self._served)
+        if level == LOCAL:
+            self._local_complete.add(step)
+            url = policy.local
+        else:
+            url = self._durable_url if 0 in self._snapshots.node_ranks else None
+        if url is None:
+            return
+        complete, uploading = set(self._local_complete), self._uploading()
+        newer = sorted(self._local_complete)[-2 * policy.local_keep_last - HELD_LOCAL :]
+        self._local_complete.intersection_update(newer)
+
+        def decide(names: list[str]) -> Deletions:
+            if level == DURABLE:
+                return durable_deletions(names, upto=step, keep_last=policy.keep_last, keep_every=policy.keep_every)
+            return local_deletions(
+                names,
+                upto=step,
+                ranks=served,
+                complete=complete,
+                keep_last=policy.local_keep_last,
+                uploading=uploading,
+            )
+
+        def work(is_cancelled: Callable[[], bool]) -> None:
+            store = self._stores.get(url, policy.retries)
+            deletions = decide(store.list())
+            for names in (deletions.records, deletions.images):
+                if names and not is_cancelled():
+                    store.delete(names)
+
+        self._writers[level].submit(Job(name=f"deleting what is older than step {step}", run=work, done=_log_deletion))
+
+    def _uploading(self) -> set[int]:
+        """Steps whose local files are still to be read for the durable level."""
+        waiting = [write for write in self._writes if write.level == DURABLE and write.slot is None or write.then_durable]
+        return {write.record.step for write in waiting}
+
+    # --- ends
+
+    def check(self) -> None:
+        """Look after writes that hang. Called every now and then."""
+        for writer in self._writers.values():
+            writer.check()
+
+    def pending(self, rank: int | None = None) -> int:
+        """Writes of a rank (of all ranks) that have not ended, and for all ranks the deletions too."""
+        if rank is None:
+            return len(self._writes) + sum(writer.pending for writer in self._writers.values())
+        return sum(write.record.rank == rank for write in self._writes)
+
+    def pending_by_level(self) -> Counter[str]:
+        return Counter(write.level for write in self._writes)
+
+    def take_failures(self, rank: int) -> list[str]:
+        """What failed of a rank's writes since this was last asked."""
+        return list(self._failures.pop(rank, ()))
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.stop()
+
+
+HELD_LOCAL = 64
+
+
+def _log_deletion(error: ResilientError | None) -> None:
+    if error is not None:
+        log.warning("old snapshots could not be deleted, it is tried again after the next one: %s", error)
+
+
+def _until(is_cancelled: Callable[[], bool], chunks: Iterable[memoryview]) -> Iterable[memoryview]:
+    """The chunks, as long as anybody wants them: a write that was given up must publish nothing."""
+    for chunk in chunks:
+        if is_cancelled():
+            raise Cancelled
+        yield chunk
+    if is_cancelled():
+        raise Cancelled
+
+
+def _chunks_of_file(store: Store, record: Record) -> Iterable[memoryview]:
+    """An image from the level where it was written before, verified on the way. Raises DamagedImage."""
+    room = memoryview(bytearray(min(CHUNK_BYTES, record.image_bytes)))
+    for start in range(0, record.image_bytes, CHUNK_BYTES):
+        chunk = room[: min(CHUNK_BYTES, record.image_bytes - start)]
+        read_image_range(store, record, start, chunk)
+        yield chunk

@@ -1,0 +1,276 @@
+"""`Checkpointer`: the public face. Wires state, plan, capture, agent and restore together; decides nothing itself.
+
+Training thread: `save`, `fence` (by hook), `restore`, `close`. What they need elsewhere: the capture thread
+(`capture.py`), the agent (`link.py`), the decision what to restore (`restore/decide.py`).
+"""
+
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.optim import Optimizer
+
+from resilient.checkpoint.board import Board
+from resilient.checkpoint.capture import Capture, Job
+from resilient.checkpoint.extras import Extras
+from resilient.checkpoint.handle import Pending, SaveHandle
+from resilient.checkpoint.identity import normal_url, run_identity
+from resilient.checkpoint.leaves import walk
+from resilient.checkpoint.link import AgentLink, hello_of
+from resilient.checkpoint.plan import Plan, make_plan
+from resilient.checkpoint.restore.restorer import Restored, Restorer
+from resilient.checkpoint.stateful import check_state
+from resilient.checkpoint.world import join_world
+from resilient.errors import LevelFailed, ResilientError, TornCapture, UsageError
+from resilient.policy import Policy
+
+_log = logging.getLogger("resilient")
+_INLINE_TENSORS = 2048  # up to so many, addresses and versions are read inside `save`; else first thing after it
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What saving has cost the training thread, in seconds; the last thousand of each."""
+
+    saves: int = 0
+    plans: int = 0
+    skipped: int = 0
+    failures: int = 0
+    call_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    fence_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+
+
+class Checkpointer:
+    """Keeps every step of a training job safe; see the README for the three lines that use it.
+
+    `url`: where durable snapshots go: a path, or any fsspec URL. `state`: by name, modules (plain, DDP, FSDP2),
+    optimizers, tensors, objects with `state_dict`/`load_state_dict`, or mutable mappings of plain JSON values.
+    `policy`: `RESILIENT_*` variables override it. All ranks make it together, after `init_process_group`, and call its
+    methods from the training thread.
+
+    Raises StateError for what cannot be saved, by name; UrlInUse when another job writes to the url; PolicyError;
+    NotACheckpoint when the url is a file.
+    """
+
+    def __init__(self, url: str, state: Mapping[str, object], policy: Policy | None = None) -> None:
+        self._policy = Policy.from_environment(policy)
+        self._url = normal_url(url)
+        self._state = dict(state)
+        self._extras = Extras(self._state, check_state(self._state))
+        self._found = walk(self._state)
+        self._extras.capture(self._found)  # what cannot be saved is refused here, by name, not at step 1000
+        self.world = join_world()
+        self.statistics = Statistics()
+        self.last_restore: Restored | None = None
+        self._pending = Pending()
+        self._early: frozenset[str] = frozenset()
+        self._plan: Plan | None = None
+        self._metadata = {"format": "resilient", "rank": str(self.world.rank), "world_size": str(self.world.world_size)}
+        hello = hello_of(run_identity(self._policy, self._url), self._url, self.world, self._policy)
+        self._board = Board.of(self.world, hello.run_id)
+        self._link = AgentLink(hello, self._policy, self._pending, self._board)
+        self._capture = Capture(
+            self._link,
+            threads=self._policy.copy_threads,
+            fence_timeout_s=self._policy.fence_timeout_s,
+            on_captured=self._pending.captured,
+            on_failed=self._failed,
+        )
+        self._connect()
+        self._capture.start()
+        self._hooks = self._hook_optimizers()
+        self._closed = False
+
+    def save(self, step: int) -> SaveHandle:
+        """Start a snapshot of the state as it is now, called `step`. Returns at once; the copies run behind.
+
+        Parameters may change only after the fence, which the optimizers' `step()` passes by itself. What went wrong
+        with earlier saves, on any rank, is logged here. Raises UsageError after `close` or for a negative step.
+        """
+        began = time.perf_counter()
+        if self._closed or step < 0:
+            raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
+        self._report()
+        due = self._policy.levels_due(step)
+        handle = SaveHandle(step, due)
+        if not due:
+            return handle
+        self.fence()
+        plan = self._present_plan()
+        self._pending.add(handle)
+        self._capture.submit(self._job(step, due, plan))
+        self.statistics.saves += 1
+        self.statistics.call_seconds.append(time.perf_counter() - began)
+        return handle
+
+    def fence(self) -> None:
+        """Return when the state may change. The optimizers call it before each step; call it before other changes."""
+        began = time.perf_counter()
+        self._capture.fence()
+        self.statistics.fence_seconds.append(time.perf_counter() - began)
+
+    def restore(self) -> int | None:
+        """Load the newest complete, verified snapshot of any level into the live state, in place; return its step.
+
+        None where there is none. Collective: all ranks call it and take the same decision. Raises LayoutMismatch when
+        the snapshot does not fit the state (nothing is overwritten then), RestoreError when all are damaged.
+        """
+        self.fence()
+        self._capture.wait_idle(self._policy.fence_timeout_s)
+        restorer = Restorer(self._link.client(), self.world, self._state, self._url, self._policy)
+        self.last_restore = restorer.restore(self._extras)
+        self._plan = None
+        return None if self.last_restore is None else self.last_restore.step
+
+    def close(self, *, keep_memory: bool = False) -> list[str]:
+        """Wait until what the policy asks for is written, end the agent, give its memory back. Safe to repeat.
+
+        Returns what failed since the last save, one line each (also logged). `keep_memory` leaves the agent and the
+        newest snapshot for a job that restarts.
+        """
+        if self._closed:
+            return []
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self._capture.fence()
+        self._capture.close()
+        problems = self._link.close(keep=keep_memory, timeout_s=self._policy.write_timeout_s)
+        self._board.close()
+        problems = self._pending.take_failures() + problems
+        for problem in problems:
+            _log.warning("rank %d: %s", self.world.rank, problem)
+        return problems
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A job that ends with an exception will want its memory when it comes back.
+        self.close(keep_memory=kind is not None)
+
+    # ---- parts of `save`
+
+    def _job(self, step: int, due: tuple[str, ...], plan: Plan) -> Job:
+        inline = plan.tensors <= _INLINE_TENSORS or bool(plan.devices)
+        look = plan.look() if inline else None
+        if look is not None:
+            plan.moved(look)
+        plan.copy_early()
+        for device in plan.devices:
+            device.mark()
+        return Job(
+            step=step,
+            due=due,
+            plan=plan,
+            look=look,
+            samples=plan.fingerprints.take(),
+            objects=self._extras.capture(self._found),
+            metadata={**self._metadata, "step": str(step)},
+        )
+
+    def _present_plan(self) -> Plan:
+        if self._plan is None or not self._found.watch.unchanged():
+            self._found = walk(self._state)
+            self._plan = make_plan(self._found, self.world.rank, self._early)
+            self.statistics.plans += 1
+        return self._plan
+
+    def _failed(self, step: int, error: ResilientError) -> None:
+        """On the capture thread. A buffer that changes in forward is copied inside `save` from now on."""
+        self._pending.fail("memory", step, error)
+        if isinstance(error, TornCapture) and self._plan is not None:
+            buffers = {one.leaf.key for one in self._plan.planned if one.leaf.kind == "buffer"} & set(error.tensors)
+            if buffers:
+                self._early |= buffers
+                self._plan = None
+
+    def _report(self) -> None:
+        for failure in self._pending.take_failures():
+            self.statistics.failures += 1
+            _log.warning("rank %d: %s", self.world.rank, failure)
+
+    # ---- wiring
+
+    def _connect(self) -> None:
+        """Reach the agent on every rank, or fail on every rank."""
+        problem: BaseException | None = None
+        try:
+            self._link.client()
+        except (ResilientError, OSError) as error:
+            problem = error
+        failed = [text for text in self.world.gather(None if problem is None else str(problem)) if text]
+        if problem is not None:
+            raise problem
+        if failed:
+            raise LevelFailed(f"another rank could not start: {failed[0]}")
+
+    def _hook_optimizers(self) -> list[Any]:
+        """The fence before each optimizer's step and before its state is replaced. Holds this object only weakly."""
+        this = weakref.ref(self)
+
+        def fence(*_: object) -> None:
+            checkpointer = this()
+            if checkpointer is not None:
+                checkpointer.fence()
+
+        hooks: list[Any] = []
+        for held in self._state.values():
+            if isinstance(held, Optimizer):
+                hooks.append(held.register_step_pre_hook(fence))
+                hooks.append(held.register_load_state_dict_pre_hook(fence))
+        return hooks
+
+
+def protect(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    url: str,
+    *,
+    policy: Policy | None = None,
+    **state: object,
+) -> "Protected":
+    """Restore, and save after every optimizer step by itself: the whole library in one call.
+
+    `state`: further items, by name, as for Checkpointer. `protected.step` is the number of steps done so far (0 in a
+    fresh job); end with `protected.close()`.
+    """
+    checkpointer = Checkpointer(url, {"model": model, "optimizer": optimizer, **state}, policy)
+    return Protected(checkpointer, optimizer)
+
+
+class Protected:
+    """A Checkpointer that is driven by its optimizer. Made by `protect`; a context manager."""
+
+    def __init__(self, checkpointer: Checkpointer, optimizer: Optimizer) -> None:
+        self.checkpointer = checkpointer
+        self.step = checkpointer.restore() or 0
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    def close(self) -> list[str]:
+        """As Checkpointer.close; the optimizer is left alone from then on."""
+        self._hook.remove()
+        return self.checkpointer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        self.checkpointer.__exit__(kind, error, trace)
+
+    def _after_step(self, *_: object) -> None:
+        self.step += 1
+        self.checkpointer.save(self.step)
+
+

@@ -1,0 +1,111 @@
+"""What `save` returns, and the register of all that is still awaited."""
+
+import threading
+from collections import deque
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+
+from resilient.errors import RankFailed, ResilientError, SnapshotSkipped
+
+LEVELS = ("memory", "local", "durable")
+
+
+class SaveHandle:
+    """The progress of one `save`.
+
+    `captured` is resolved with the step when this rank's image is whole and checked; `durable(level)` when the
+    snapshot is complete at that level, on every rank. Both fail with the error that ended them; a level that is not
+    due at this step fails with SnapshotSkipped at once. Waiting is safe from any thread but holds up that thread.
+    """
+
+    def __init__(self, step: int, due: tuple[str, ...]) -> None:
+        self.step = step
+        self.levels = due
+        self.captured: Future[int] = Future()
+        self._durable: dict[str, Future[int]] = {level: Future() for level in LEVELS}
+        skipped = SnapshotSkipped(f"step {step} is not due at this level by the policy")
+        for level, future in self._durable.items():
+            if level not in due:
+                future.set_exception(skipped)
+        if not due:
+            self.captured.set_exception(skipped)
+
+    def durable(self, level: str) -> Future[int]:
+        """The future of one level: "memory", "local" or "durable". Raises KeyError for any other name."""
+        return self._durable[level]
+
+
+class Pending:
+    """Handles whose snapshots are not settled yet. Any thread may call any method.
+
+    Failures are also kept, at most some hundred, until `take_failures` reports them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._handles: dict[int, SaveHandle] = {}
+        self._failures: deque[str] = deque(maxlen=256)
+        self.failed = 0
+
+    def add(self, handle: SaveHandle) -> None:
+        with self._lock:
+            self._handles[handle.step] = handle
+
+    def captured(self, step: int) -> None:
+        handle = self._handles.get(step)
+        if handle is not None:
+            self._settle(handle.captured, step, None)
+
+    def complete(self, level: str, step: int) -> None:
+        """The snapshot is complete at a level. Repeats are ignored."""
+        handle = self._handles.get(step)
+        if handle is not None:
+            self._settle(handle.durable(level), step, None)
+            self._forget_settled(handle)
+
+    def fail(self, level: str, step: int, error: ResilientError) -> None:
+        """A level will never have this snapshot. Memory takes the other levels with it: they are written from it."""
+        handle = self._handles.get(step)
+        if handle is None:
+            return
+        for name in handle.levels if level == "memory" else (level,):
+            self._settle(handle.durable(name), step, error)
+        if level == "memory" and not isinstance(error, RankFailed):
+            self._settle(handle.captured, step, error)
+        self._note(f"step {step} at level {level}: {error}")
+        self._forget_settled(handle)
+
+    def fail_all(self, error: ResilientError) -> None:
+        """Whatever is still awaited will not come any more."""
+        for step in list(self._handles):
+            self.fail("memory", step, error)
+
+    def take_failures(self) -> list[str]:
+        """The failures since the last call, oldest first."""
+        with self._lock:
+            taken = list(self._failures)
+            self._failures.clear()
+        return taken
+
+    def waiting(self) -> list[SaveHandle]:
+        with self._lock:
+            return list(self._handles.values())
+
+    @staticmethod
+    def _settle(future: "Future[int]", step: int, error: ResilientError | None) -> None:
+        # Without the lock: a future's callbacks run in here and may call us again.
+        with suppress(InvalidStateError):
+            if error is None:
+                future.set_result(step)
+            else:
+                future.set_exception(error)
+
+    def _note(self, text: str) -> None:
+        with self._lock:
+            self.failed += 1
+            self._failures.append(text)
+
+    def _forget_settled(self, handle: SaveHandle) -> None:
+        if handle.captured.done() and all(handle.durable(level).done() for level in handle.levels):
+            with self._lock:
+                self._handles.pop(handle.step, None)

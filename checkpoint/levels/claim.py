@@ -1,0 +1,175 @@
+"""A lease on a URL, so that two jobs do not write to one place.
+
+The holder writes `claim.json` and raises a counter in it at every beat. Whoever finds a claim takes it over if it is
+of the same run, or of a process known to be dead, or if its counter stands still for `stale_s`; clocks of different
+hosts are never compared. A store has no compare-and-swap, so two takers at one moment may both believe for a while
+that they hold it: the one whose token is not in the file finds out when it reads it back, at the latest at its next
+beat. Data is safe meanwhile: every write is atomic.
+"""
+
+import json
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from resilient.checkpoint.levels.process import ProcessId, is_dead, this_process
+from resilient.checkpoint.levels.store import Store
+from resilient.errors import NotACheckpoint, UrlInUse
+
+NAME = "claim.json"
+FORMAT = "resilient-claim"
+_MOST_BYTES = 64 << 10
+_ATTEMPTS = 5
+
+
+class Clock(Protocol):
+    """What a claim needs of time; the module `time` is one."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What `claim.json` says."""
+
+    run_id: str
+    token: str
+    beat: int
+    process: ProcessId
+
+    def text(self) -> bytes:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+
+
+class Claim:
+    """One job's claim on a store. One thread at a time; `take` blocks up to stale_s, the rest for one read and write.
+
+    `beat` has to be called every `heartbeat_s` while the claim is held; `take` may be called again after `release`.
+    """
+
+    def __init__(
+        self, store: Store, run_id: str, *, clock: Clock = time, heartbeat_s: float = 10.0, stale_s: float = 60.0
+    ) -> None:
+        if not 0 < heartbeat_s < stale_s:
+            raise ValueError(f"heartbeat_s ({heartbeat_s:g}) must be positive and below stale_s ({stale_s:g})")
+        self.heartbeat_s = heartbeat_s
+        self._store, self._run_id, self._clock, self._stale_s = store, run_id, clock, stale_s
+        self._mine: Held | None = None
+
+    def take(self) -> None:
+        """Hold the URL on return.
+
+        Raises UrlInUse if another job holds it, NotACheckpoint if claim.json is not a claim (it is left as it is),
+        LevelFailed.
+        """
+        for _ in range(_ATTEMPTS):
+            found = self._read()
+            if found is not None:
+                self._wait_until_free(found)
+                if not self._remove_if_still(found):
+                    continue
+            mine = Held(run_id=self._run_id, token=secrets.token_hex(16), beat=0, process=this_process())
+            try:
+                self._store.write(NAME, [memoryview(mine.text())], exclusive=True)
+            except FileExistsError:
+                continue
+            if self._holds(mine):
+                self._mine = mine
+                return
+        raise UrlInUse(
+            f"{self._store.url}: other jobs keep taking it; start one job at a time, or give each its own URL"
+        )
+
+    def beat(self) -> None:
+        """Say that this job is alive. Raises UrlInUse if the claim was lost to another job, and LevelFailed."""
+        assert self._mine is not None, "beat() before take()"
+        now = self._read()
+        if now is not None and now.token != self._mine.token:
+            self._mine = None
+            raise UrlInUse(f"{_told(self._store, now)} took it over; stop this job, or give it another URL")
+        following = Held(
+            run_id=self._run_id, token=self._mine.token, beat=self._mine.beat + 1, process=self._mine.process
+        )
+        # A claim that somebody removed by hand is put back, but only if nobody else is quicker.
+        try:
+            self._store.write(NAME, [memoryview(following.text())], exclusive=now is None)
+        except FileExistsError:
+            return self.beat()
+        self._mine = following
+        return None
+
+    def release(self) -> None:
+        """Give the URL back; removes this job's own claim only. Safe to repeat."""
+        mine, self._mine = self._mine, None
+        if mine is not None:
+            now = self._read()
+            if now is not None and now.token == mine.token:
+                self._store.delete([NAME])
+
+    def _holds(self, mine: Held) -> bool:
+        now = self._read()
+        return now is not None and now.token == mine.token
+
+    def _remove_if_still(self, found: Held) -> bool:
+        now = self._read()
+        if now is None:
+            return True
+        if now.token != found.token:
+            return False
+        self._store.delete([NAME])
+        return True
+
+    def _wait_until_free(self, found: Held) -> None:
+        """Return when `found` may be taken over; raise UrlInUse as soon as it is seen to be alive."""
+        if found.run_id == self._run_id or _known_dead(found.process):
+            return
+        end = self._clock.monotonic() + self._stale_s
+        while (left := end - self._clock.monotonic()) > 0:
+            self._clock.sleep(min(self.heartbeat_s / 2, left))
+            now = self._read()
+            if now is None:
+                return
+            if now.token != found.token or now.beat != found.beat:
+                raise UrlInUse(
+                    f"{_told(self._store, now)} is writing to it; stop that job, or give this one another URL"
+                )
+
+    def _read(self) -> Held | None:
+        where = f"{self._store.url}/{NAME}"
+        try:
+            text = bytearray(min(self._store.size(NAME), _MOST_BYTES))
+            self._store.read(NAME, 0, memoryview(text))
+        except FileNotFoundError:
+            return None
+        return _parse(bytes(text), where)
+
+
+def _parse(text: bytes, where: str) -> Held:
+    try:
+        raw: dict[str, Any] = json.loads(text)
+        if raw["format"] != FORMAT:
+            raise ValueError(f"its format is {raw['format']!r}")
+        held = Held(
+            run_id=raw["run_id"], token=raw["token"], beat=int(raw["beat"]), process=ProcessId(**raw["process"])
+        )
+        if not isinstance(held.process.pid, int) or not isinstance(held.process.started, int):
+            raise ValueError("its process is not numbered")
+        return held
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotACheckpoint(
+            f"{where} is no claim of this library ({error!r}); if nothing else uses this place, remove the file, "
+            f"or give another URL"
+        ) from error
+
+
+def _known_dead(process: ProcessId) -> bool:
+    me = this_process()
+    same_place = (process.host, process.boot_id) == (me.host, me.boot_id)
+    return same_place and is_dead(process.pid, process.started)
+
+
+def _told(store: Store, held: Held) -> str:
+    return f"{store.url}: the run {held.run_id!r} (process {held.process.pid} on {held.process.host})"

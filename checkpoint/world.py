@@ -1,0 +1,81 @@
+"""The ranks of the job and the node they share, and how ranks agree: through a process group of our own.
+
+Made once, by all ranks together (it makes a gloo group, so that our messages never meet those of the training).
+Collectives happen only in the constructor of Checkpointer and in `restore`, on the calling thread; never in the
+background.
+"""
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resilient.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This rank's place. `nodes[r]` is the node of rank r; `group` is None in a world of one."""
+
+    rank: int
+    world_size: int
+    nodes: tuple[str, ...]
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def node(self) -> str:
+        return self.nodes[self.rank]
+
+    @property
+    def node_ranks(self) -> tuple[int, ...]:
+        """The ranks on this rank's node, ascending."""
+        return tuple(rank for rank, node in enumerate(self.nodes) if node == self.node)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in order of rank; all ranks call it. No pickle: peers are not trusted with code."""
+        if self.group is None:
+            return [json.loads(json.dumps(value))]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.group)
+        longest = int(max(size.item() for size in sizes))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
+        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=self.group)
+        return [
+            json.loads(bytes(part[: int(size.item())].tolist())) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def broadcast(self, data: torch.Tensor, source: int) -> None:
+        """Send a uint8 host tensor from one rank to all others, in place; all ranks call it."""
+        if self.group is not None:
+            dist.broadcast(data, src=source, group=self.group)
+
+
+def node_name() -> str:
+    """This machine's name: RESILIENT_NODE, or the host name."""
+    return os.environ.get("RESILIENT_NODE") or socket.gethostname()
+
+
+def join_world() -> World:
+    """Find this rank's place; collective where torch.distributed is initialised.
+
+    Raises UsageError where a launcher announces several ranks but the process group does not exist yet.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but torch.distributed is not initialised: call "
+                "torch.distributed.init_process_group() before making the Checkpointer"
+            )
+        return World(rank=0, world_size=1, nodes=(node_name(),))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return World(rank=0, world_size=1, nodes=(node_name(),))
+    group = dist.new_group(backend="gloo")
+    alone = World(rank=rank, world_size=world_size, nodes=("",) * world_size, group=group)
+    nodes = tuple(alone.gather(node_name()))
+    return World(rank=rank, world_size=world_size, nodes=nodes, group=group)

@@ -1,0 +1,120 @@
+"""Every error of the library, split by what the caller does about it.
+
+    ResilientError
+    ├── RetryError                    it is being tried again, or the next save will; training goes on
+    │   ├── SnapshotSkipped           this snapshot was not taken: not due, or no buffer was free
+    │   ├── LevelFailed (OSError)     a level could not take or give an image
+    │   └── AgentLost                 the node's agent is gone; another is being started
+    ├── ReconfigureError              a peer is gone: rebuild the group
+    │   └── RankFailed                another rank could not keep its part of a snapshot
+    ├── RestoreError                  stored bytes cannot be used as they are
+    │   ├── DamagedImage              bytes differ from the digest that was taken when they were sealed
+    │   ├── NotACheckpoint            there is something else at that place
+    │   ├── NewerFormat               written by a later version of this library
+    │   └── LayoutMismatch            the snapshot does not fit the job that asks for it
+    └── UsageError                    fix the program or its configuration
+        ├── PolicyError (ValueError)  a policy that contradicts itself, or an unknown key
+        ├── StateError (TypeError)    a part of the state that cannot be saved
+        ├── TornCapture               a tensor changed while it was being copied
+        ├── UrlInUse                  another job is writing to this URL
+        └── OverBudget (MemoryError)  an image does not fit the memory budget
+
+A message says what happened, where (rank, step, tensor, path), and what to do.
+"""
+
+__all__ = [
+    "AgentLost",
+    "DamagedImage",
+    "LayoutMismatch",
+    "LevelFailed",
+    "NewerFormat",
+    "NotACheckpoint",
+    "OverBudget",
+    "PolicyError",
+    "RankFailed",
+    "ReconfigureError",
+    "ResilientError",
+    "RestoreError",
+    "RetryError",
+    "SnapshotSkipped",
+    "StateError",
+    "TornCapture",
+    "UrlInUse",
+    "UsageError",
+]
+
+
+class ResilientError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class RetryError(ResilientError):
+    """Nothing to do: it is tried again by itself, or the next save will do."""
+
+
+class SnapshotSkipped(RetryError):
+    """The snapshot was not taken at this level: not due at this step, or no buffer was free."""
+
+
+class LevelFailed(RetryError, OSError):
+    """A level could not take or give an image (full disk, store out of reach, writer that hangs)."""
+
+
+class AgentLost(RetryError):
+    """The node's agent is gone, and what it held in memory with it; another one is being started."""
+
+
+class ReconfigureError(ResilientError):
+    """A peer is gone: the group has to be rebuilt."""
+
+
+class RankFailed(ReconfigureError):
+    """Another rank could not keep its part of a snapshot, so the snapshot cannot become complete."""
+
+
+class RestoreError(ResilientError):
+    """Stored bytes cannot be used as they are."""
+
+
+class DamagedImage(RestoreError):
+    """Bytes differ from the digest that was taken when they were sealed."""
+
+
+class NotACheckpoint(RestoreError):
+    """The place holds something that this library did not write."""
+
+
+class NewerFormat(RestoreError):
+    """The checkpoint was written by a later version of this library."""
+
+
+class LayoutMismatch(RestoreError):
+    """The snapshot does not fit the job that asks for it (world size, tensors, shapes)."""
+
+
+class UsageError(ResilientError):
+    """Fix the program or its configuration."""
+
+
+class PolicyError(UsageError, ValueError):
+    """A policy that contradicts itself, or an unknown key."""
+
+
+class StateError(UsageError, TypeError):
+    """A part of the state that cannot be saved; the message names it."""
+
+
+class TornCapture(UsageError):
+    """A tensor changed while it was being copied; the message names it, `tensors` names all of them."""
+
+    def __init__(self, message: str, tensors: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
+class UrlInUse(UsageError):
+    """Another job is writing to this URL."""
+
+
+class OverBudget(UsageError, MemoryError):
+    """An image does not fit the memory budget."""
