@@ -41,7 +41,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/test.stamp
-	$(BIN)/pytest tests --ignore=tests/gpu $(ARGS)
+	$(BIN)/pytest --ignore=tests/gpu $(ARGS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python bench/run.py $(ARGS)

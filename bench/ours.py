@@ -19,10 +19,14 @@ MEMORY, LOCAL = "resilient, memory", "resilient, memory + local"
 OURS = (MEMORY, LOCAL)
 
 
-def policy(folder: Path, *, local: bool) -> "resilient.Policy":
+def policy(folder: Path, *, local: bool) -> resilient.Policy:
     """Memory at every step and, if wished, the local disk too; nothing durable."""
     return resilient.Policy(
-        memory_every=1, local=str(folder / "local") if local else None, local_every=1, durable_every=0
+        memory_every=1,
+        local=str(folder / "local") if local else None,
+        local_every=1,
+        durable_every=0,
+        agent_idle_s=30.0,  # if a measurement is cut short, its agent goes soon
     )
 
 

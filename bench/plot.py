@@ -7,7 +7,7 @@ import matplotlib
 from bench.report import Report
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (the backend is chosen before)
+from matplotlib import pyplot
 
 
 def draw(report: Report, path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,8 @@ def _run(command: list[str], environment: dict[str, str], log: Path, timeout_s: 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of the group: the process itself after a timeout, or children that a peer left behind."""
-    try:
+    with suppress(ProcessLookupError):  # all have ended, as they should
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all have ended, as they should
     process.wait()
 
 

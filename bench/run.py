@@ -7,6 +7,7 @@ and NAME.png in --out. Without names all are run. A benchmark's module says what
 import argparse
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -53,14 +54,17 @@ def main() -> int:
         say=lambda text: console.print(text, style="dim", markup=False),
         only=chosen.only,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
     missed = 0
-    for name in chosen.names or NAMES:
-        for found in importlib.import_module(f"bench.{name}").run(settings):
-            report.write_json(found, chosen.out / f"{found.name}.json")
-            plot.draw(found, chosen.out / f"{found.name}.png")
-            report.show(found, console)
-            missed += sum(target.reached is False for target in found.targets)
-    settings.place.remove()
+    try:
+        for name in chosen.names or NAMES:
+            for found in importlib.import_module(f"bench.{name}").run(settings):
+                report.write_json(found, chosen.out / f"{found.name}.json")
+                plot.draw(found, chosen.out / f"{found.name}.png")
+                report.show(found, console)
+                missed += sum(target.reached is False for target in found.targets)
+    finally:
+        settings.place.remove()
     return 1 if missed else 0
 
 

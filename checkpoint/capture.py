@@ -242,6 +242,6 @@ def _write_objects(objects: Encoded, entries: list[Entry], data: memoryview) -> 
         tensor = objects.tensors[entry.key.removeprefix(f"{OBJECTS_KEY}/")]
         if entry.nbytes:
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            data[entry.offset : entry.offset + entry.nbytes] = memoryview(flat.numpy())
+            data[entry.offset : entry.offset + entry.nbytes] = flat.numpy().data
     text = _objects_text(objects)
     data[entries[-1].offset : entries[-1].offset + len(text)] = text

@@ -272,5 +272,3 @@ class Protected:
     def _after_step(self, *_: object) -> None:
         self.step += 1
         self.checkpointer.save(self.step)
-
-

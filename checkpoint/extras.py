@@ -18,7 +18,7 @@ _RNG = "resilient.rng"
 
 
 class Extras:
-    """Captures and applies the objects of a state. `objects[name]` wraps each item that is neither module nor tensor."""
+    """Captures and applies the objects of a state. `objects` wraps what is neither module nor tensor."""
 
     def __init__(self, state: Mapping[str, object], objects: Mapping[str, ObjectState]) -> None:
         self._state = state
@@ -37,8 +37,11 @@ class Extras:
         encoded = encode(value, "state")
         return Encoded(encoded.text, {key: tensor.detach().clone() for key, tensor in encoded.tensors.items()})
 
-    def apply(self, value: Mapping[str, Any], found: Leaves) -> list[str]:
-        """Give everything its saved value, RNG last. Returns notes on what could not be restored."""
+    def apply(self, value: Mapping[str, Any], found: Leaves, groups: Mapping[str, list[list[str]]]) -> list[str]:
+        """Give everything its saved value, RNG last. Returns notes on what could not be restored.
+
+        `groups`: for each saved optimizer the names of the parameters in each of its groups.
+        """
         notes: list[str] = []
         for item, held in self._state.items():
             if isinstance(held, Tensor):
@@ -46,7 +49,8 @@ class Extras:
             if item not in value:
                 notes.append(f"the snapshot has nothing for {item!r}: it keeps its present state")
             elif isinstance(held, Optimizer):
-                notes += _apply_groups(held, value[item]["param_groups"], found.groups[item], item)
+                saved = list(zip(groups[item], value[item]["param_groups"], strict=True))
+                notes += _apply_groups(held, saved, found.groups[item], item)
             elif isinstance(held, nn.Module):
                 _apply_extra_states(held, value[item])
             else:
@@ -55,33 +59,28 @@ class Extras:
 
 
 def _optimizer_values(optimizer: Optimizer, found: Leaves, item: str) -> dict[str, Any]:
-    """Hyperparameters of each group with the names of its parameters, and state that is not a plain tensor."""
-    groups = [
-        {"names": names, "values": {key: value for key, value in group.items() if key != "params"}}
-        for group, names in zip(optimizer.param_groups, found.groups[item], strict=True)
-    ]
-    state = {}
-    for parameter, held in optimizer.state.items():
-        leaf = found.named(parameter)
-        rest = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
-        if leaf is not None and rest:
-            state[leaf.key] = rest
+    """Hyperparameters of each group, and state that is not a plain tensor. Names of parameters are in the plan."""
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    state = {
+        leaf.key: {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+        for leaf, held in found.mixed[item]
+    }
     return {"param_groups": groups, "state": state}
 
 
 def _apply_groups(
-    optimizer: Optimizer, groups: list[dict[str, Any]], names: list[list[str]], item: str
+    optimizer: Optimizer, saved: list[tuple[list[str], dict[str, Any]]], names: list[list[str]], item: str
 ) -> list[str]:
     """Match groups by the parameters in them, not by number: a script may build them in another order."""
     notes = []
-    for group, own in zip(optimizer.param_groups, names, strict=True):
-        saved = next((one for one in groups if set(one["names"]) & set(own)), None)
-        if saved is None and not own and len(groups) == len(names):
-            saved = groups[names.index(own)]
-        if saved is None:
+    for number, (group, own) in enumerate(zip(optimizer.param_groups, names, strict=True)):
+        same = [values for theirs, values in saved if set(theirs) & set(own)]
+        if not same and not own and len(saved) == len(names):
+            same = [saved[number][1]]  # an empty group has only its number
+        if not same:
             notes.append(f"optimizer {item!r}: no saved group holds {own[:1]}; its hyperparameters stay")
             continue
-        for key, value in saved["values"].items():
+        for key, value in same[0].items():
             live = group.get(key)
             if isinstance(live, Tensor) and isinstance(value, Tensor):
                 live.data.copy_(value)  # a compiled or captured step may hold this very tensor

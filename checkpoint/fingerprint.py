@@ -73,45 +73,70 @@ class Fingerprints:
 
 
 def _gather(sampled: list[tuple[int, Sampled]], word: int) -> _Gather | None:
-    chosen = [(i, s) for i, s in sampled if _word_of(s) == word and s.stop > s.start]
-    if not chosen:
-        return None
     each = max(_LEAST, min(_MOST, _TOTAL // max(1, len(sampled))))
-    addresses, positions, owners = [], [], []
-    for number, one in chosen:
-        source, target = _words(one, word, each)
-        addresses.append(source)
-        positions.append(target)
-        owners.append(np.full(len(source), number, np.int64))
-    flat = np.concatenate(addresses)
-    base = int(flat.min())
-    span = int(flat.max()) - base + word
+    chosen = [(i, s) for i, s in sampled if s.stop > s.start and _word_of(s) == word]
+    even = [(i, s) for i, s in chosen if s.tensor.is_contiguous()]
+    parts = [_words(i, s, word, each) for i, s in chosen if not s.tensor.is_contiguous()]
+    if even:
+        parts.append(_words_of_many(even, word, each))
+    if not parts:
+        return None
+    addresses, positions, owners = (np.concatenate(column) for column in zip(*parts, strict=True))
+    base = int(addresses.min())
+    span = int(addresses.max()) - base + word
     return _Gather(
         word=word,
         base=base,
-        indices=(flat - base) // word,
-        positions=np.concatenate(positions) // word,
-        owners=np.concatenate(owners),
+        indices=(addresses - base) // word,
+        positions=positions // word,
+        owners=owners,
         memory=np.asarray(_Address(base, span // word, word)),
     )
 
 
 def _word_of(one: Sampled) -> int:
     """The largest word that divides an element, its address and its place in the image."""
-    itemsize = one.tensor.element_size()
-    for word in _WORDS:
-        if itemsize % word == 0 and one.tensor.data_ptr() % word == 0 and one.image_offset % word == 0:
-            return word
-    return 1
+    together = one.tensor.element_size() | one.tensor.data_ptr() | one.image_offset
+    return next((word for word in _WORDS if together % word == 0), 1)
 
 
-def _words(one: Sampled, word: int, each: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Addresses and image positions of up to `each` sampled words of one tensor, spread over all of it."""
-    itemsize, count = one.tensor.element_size(), one.stop - one.start
-    elements = np.unique(np.linspace(0, count - 1, min(each, count)).astype(np.int64))
-    indices = np.unravel_index(elements + one.start, tuple(one.tensor.shape)) if one.tensor.dim() else ()
-    address = np.full(len(elements), one.tensor.data_ptr(), np.int64)
+_Columns = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""Addresses, image positions, and the number of the tensor of each sample."""
+
+
+def _words_of_many(sampled: list[tuple[int, Sampled]], word: int, each: int) -> _Columns:
+    """Samples of contiguous tensors, `each` of them spread over all of every tensor; all tensors at once."""
+    rows = np.array(
+        [
+            (
+                i,
+                s.tensor.data_ptr() + s.start * (size := s.tensor.element_size()),
+                s.stop - s.start,
+                size,
+                s.image_offset,
+            )
+            for i, s in sampled
+        ],
+        dtype=np.int64,
+    )
+    numbers, addresses, counts, sizes, offsets = (rows[:, column, None] for column in range(5))
+    elements = (counts - 1) * np.arange(each, dtype=np.int64) // max(1, each - 1)
+    inside = elements * sizes + _inner(elements, sizes, word)
+    return (addresses + inside).ravel(), (offsets + inside).ravel(), np.broadcast_to(numbers, inside.shape).ravel()
+
+
+def _words(number: int, one: Sampled, word: int, each: int) -> _Columns:
+    """Samples of one tensor with any strides; its copy in the image is contiguous."""
+    size, count = one.tensor.element_size(), one.stop - one.start
+    elements = (count - 1) * np.arange(each, dtype=np.int64) // max(1, each - 1)
+    indices = np.unravel_index(elements + one.start, tuple(one.tensor.shape))
+    address = np.full(each, one.tensor.data_ptr(), np.int64)
     for index, stride in zip(indices, one.tensor.stride(), strict=True):
-        address += index.astype(np.int64) * (stride * itemsize)
-    inner = (elements * 7919 % max(1, itemsize // word)) * word  # not always the same word of a wide element
-    return address + inner, one.image_offset + elements * itemsize + inner
+        address += index.astype(np.int64) * (stride * size)
+    inner = _inner(elements, np.int64(size), word)
+    return address + inner, one.image_offset + elements * size + inner, np.full(each, number, np.int64)
+
+
+def _inner(elements: NDArray[np.int64], sizes: NDArray[np.int64] | np.int64, word: int) -> NDArray[np.int64]:
+    """Which word of a wide element: not always the same one."""
+    return elements * 7919 % np.maximum(1, sizes // word) * word

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -92,6 +93,7 @@ class Leaves:
     leaves: list[Leaf] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     groups: dict[str, list[list[str]]] = field(default_factory=dict)  # optimizer → names of each group's parameters
+    mixed: dict[str, list[tuple[Leaf, dict[str, Any]]]] = field(default_factory=dict)  # state that is not all tensors
     watch: Watch = field(default_factory=Watch)
     _by_id: dict[int, Leaf] = field(default_factory=dict)
 
@@ -143,10 +145,12 @@ def _walk_optimizer(found: Leaves, optimizer: Optimizer, item: str) -> None:
     watch.add_keys(optimizer.__dict__, ("state", "param_groups"))
     watch.add(optimizer.param_groups)
     watch.add(optimizer.state)
-    found.groups[item] = []
+    found.groups[item], found.mixed[item] = [], []
     for number, group in enumerate(optimizer.param_groups):
         watch.add(group["params"])
-        names = [_parameter_of(found, parameter, item, number, index) for index, parameter in enumerate(group["params"])]
+        names = [
+            _parameter_of(found, parameter, item, number, index) for index, parameter in enumerate(group["params"])
+        ]
         found.groups[item].append([leaf.key for leaf in names])
         for parameter, leaf in zip(group["params"], names, strict=True):
             if parameter in optimizer.state:
@@ -157,8 +161,8 @@ def _parameter_of(found: Leaves, parameter: Tensor, item: str, group: int, index
     leaf = found.named(parameter)
     if leaf is None:
         raise StateError(
-            f"parameter {index} of group {group} of optimizer {item!r}, shape {tuple(parameter.shape)}, is in no module "
-            "or tensor of the state: add the module it belongs to"
+            f"parameter {index} of group {group} of optimizer {item!r}, shape {tuple(parameter.shape)}, is in no "
+            "module or tensor of the state: add the module it belongs to"
         )
     return leaf
 
@@ -169,6 +173,7 @@ def _walk_parameter_state(found: Leaves, state: dict[str, Any], parameter: Leaf,
         found.watch.add(state)
     else:
         found.watch.add_keys(state, tensors)
+        found.mixed[item].append((parameter, state))
     for name in tensors:
         _add_optimizer_state(found, f"{item}.state.{parameter.key}.{name}", state[name], parameter, name)
 
@@ -247,7 +252,7 @@ def _refuse_what_cannot_be_saved(key: str, tensor: Tensor) -> None:
         safetensors_dtype(tensor.dtype)
     except StateError as error:
         raise StateError(f"tensor {key!r}: {error}") from error
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedTensorMixin):
         problem = "is not initialised yet: run one forward pass before making the Checkpointer"
     elif tensor.is_meta:
         problem = "is on the meta device and has no bytes: materialise it first (to_empty)"

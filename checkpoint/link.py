@@ -1,4 +1,4 @@
-"""The training process's link to its node's agent: connects, reconnects after a loss, hands out buffers, settles handles.
+"""The trainer's link to its node's agent: connects, reconnects after a loss, hands out buffers, settles handles.
 
 Used by the capture thread (`Buffers`), by the training thread (connect, restore, close) and by the client's listener
 thread (events). If the agent dies, everything pending fails at once and the next capture starts another agent.

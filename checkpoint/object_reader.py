@@ -122,11 +122,12 @@ class _Decoder:
 
     def ndarray(self, dtype: Any, shape: list[int], path: str) -> Any:
         kind = dtype_from_json(dtype)
-        stored = self.tensor(path).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if len(stored) != kind.itemsize * math.prod(shape):
-            raise ValueError(f"{path!r} has {len(stored)} bytes, which is not {shape} of {kind}")
+        stored = self.tensor(path)
+        if stored.nbytes != kind.itemsize * math.prod(shape):
+            raise ValueError(f"{path!r} has {stored.nbytes} bytes, which is not {shape} of {kind}")
         array = np.empty(shape, kind)
-        bytes_of(array)[:] = stored
+        if array.nbytes:
+            bytes_of(array)[:] = stored.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return array
 
     def mapping(self, kind: Callable[[Any], Any], items: list[Any]) -> Any:

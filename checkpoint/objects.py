@@ -78,8 +78,7 @@ class _Encoder:
     hashed: int = 0  # how many keys and set elements the walk is inside of
 
     def encode(self, value: object, at: _At) -> Any:
-        write = _WRITERS.get(type(value))
-        return write(self, value, at) if write else self.unlisted(value, at)
+        return _WRITERS.get(type(value), _unlisted)(self, value, at)
 
     def refusal(self, value: object, at: _At, what: str = "", todo: str = "") -> StateError:
         return StateError(f"{self.path(at)!r} cannot be saved: {what or type_name(value)}; {todo or advice(value)}")
@@ -108,8 +107,8 @@ class _Encoder:
         self.enter(value, at)
         written = list(value)
         if not _is_plain(written):
-            encode = self.encode
-            written = [encode(item, (at, index)) for index, item in enumerate(written)]
+            writer = _WRITERS.get  # as in `encode`, without a call for each leaf
+            written = [writer(type(item), _unlisted)(self, item, (at, index)) for index, item in enumerate(written)]
         self.leave(value)
         return written
 
@@ -129,8 +128,8 @@ class _Encoder:
         if not _has_plain_keys(value):
             return {TAG: "dict", "items": self.pairs(value, at)}
         self.enter(value, at)
-        encode = self.encode
-        written = {key: encode(item, (at, key)) for key, item in value.items()}
+        writer = _WRITERS.get  # as in `encode`, without a call for each leaf
+        written = {key: writer(type(item), _unlisted)(self, item, (at, key)) for key, item in value.items()}
         self.leave(value)
         return written
 
@@ -203,14 +202,6 @@ class _Encoder:
         iso = value.replace(tzinfo=None).isoformat()
         return {TAG: "datetime", "iso": iso, "fold": value.fold, "zone": self.items(zone, at)}
 
-    def unlisted(self, value: object, at: _At) -> Any:
-        """What is recognised by more than its exact type; everything else is refused."""
-        if isinstance(value, torch.Tensor) and _is_dtensor(value):
-            return self.tensor(value, at)
-        if isinstance(value, np.generic) and type(value) is value.dtype.type:
-            return {TAG: "numpy", "dtype": self.descr(value, at), "base64": _base64(value.tobytes())}
-        raise self.refusal(value, at)
-
 
 def _component(key: object) -> str:
     """A key as one part of a path: without "/", and in characters that any file can hold."""
@@ -226,6 +217,8 @@ def _component(key: object) -> str:
 def _is_plain(items: list[Any]) -> bool:
     """Whether all are of one type and stand for themselves in JSON. At the speed of C, for lists of millions."""
     kinds = set(map(type, items))
+    if len(kinds) > 1:
+        return False
     if kinds == {int}:
         return bool(min(items) >= -_INT64 and max(items) < _INT64)
     if kinds == {float}:
@@ -261,6 +254,15 @@ def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode()
 
 
+def _unlisted(encoder: _Encoder, value: Any, at: _At) -> Any:
+    """What is recognised by more than its exact type; everything else is refused."""
+    if isinstance(value, torch.Tensor) and _is_dtensor(value):
+        return encoder.tensor(value, at)
+    if isinstance(value, np.generic) and type(value) is value.dtype.type:
+        return {TAG: "numpy", "dtype": encoder.descr(value, at), "base64": _base64(value.tobytes())}
+    raise encoder.refusal(value, at)
+
+
 def _itself(_: _Encoder, value: Any, at: _At) -> Any:
     return value
 
@@ -271,7 +273,7 @@ def _integer(_: _Encoder, value: Any, at: _At) -> Any:
 
 
 def _float(_: _Encoder, value: Any, at: _At) -> Any:
-    if math.isfinite(value):
+    if -math.inf < value < math.inf:
         return value
     bits = struct.pack(">d", value).hex()
     return {TAG: "float", "value": FLOATS.get(bits, bits)}

@@ -8,6 +8,7 @@ is walked in `leaves.py`, the bytes are laid out in `plan.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _CUT_BYTES = 1 << 20  # a tensor is cut between replicas only where both parts are at least this large
 
@@ -71,7 +72,7 @@ def share(tensors: Sequence[Replicated], replicas: int) -> list[list[tuple[int, 
         length = tensor.numel * tensor.itemsize
         cuts = [_cut(bound - begin, length, tensor) for bound in bounds]
         cuts[0], cuts[-1] = 0, tensor.numel
-        ranges.append(list(zip(cuts, cuts[1:], strict=False)))
+        ranges.append(list(pairwise(cuts)))
         begin += length
     return ranges
 

@@ -62,8 +62,13 @@ class Plan:
         padding = [Entry(PADDING_KEY, "U8", (pad,), data_bytes - pad, pad)] if (pad := _padding(planned)) else []
         self.header_text = entries_text([one.entry for one in planned] + padding)
         self._early = [one for one in planned if one.early]
-        self._staging = [torch.empty_like(_local(one.leaf), memory_format=torch.contiguous_format) for one in self._early]
+        self._staging = [
+            torch.empty_like(_local(one.leaf), memory_format=torch.contiguous_format) for one in self._early
+        ]
         self._lazy = [one for one in planned if not one.early]
+        self._watched: list[tuple[Any, bool]] = [
+            (one.leaf.tensor, isinstance(one.leaf.tensor, DTensor)) for one in self._lazy
+        ]
         self._relocate()
 
     @property
@@ -82,9 +87,8 @@ class Plan:
 
     def look(self) -> Look:
         """Read addresses and version counters of the lazily copied tensors now."""
-        return Look(
-            [_local(one.leaf).data_ptr() for one in self._lazy], [one.leaf.tensor._version for one in self._lazy]
-        )
+        locals_ = [tensor._local_tensor if sharded else tensor for tensor, sharded in self._watched]
+        return Look([tensor.data_ptr() for tensor in locals_], [tensor._version for tensor, _ in self._watched])
 
     def moved(self, look: Look) -> bool:
         """Whether a tensor has other memory than the plan knows (`.data` was replaced); if so, follow it."""
@@ -163,7 +167,8 @@ def make_plan(found: Leaves, rank: int, early_keys: frozenset[str] = frozenset()
         offset += entry.nbytes
     pieces = [_described(one) for one in planned]
     aliases = [{"key": key, "alias_of": first} for key, first in found.aliases.items()]
-    return Plan(planned, _aligned(offset), json.dumps(pieces + aliases, separators=(",", ":")))
+    groups = [{"optimizer": item, "groups": names} for item, names in found.groups.items()]
+    return Plan(planned, _aligned(offset), json.dumps(pieces + aliases + groups, separators=(",", ":")))
 
 
 def data_start(plan: Plan, extra_header: str) -> int:

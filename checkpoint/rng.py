@@ -6,6 +6,7 @@ makes itself (`stateful.py`).
 """
 
 import random
+from array import array  # reads a tuple of integers several times faster than numpy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def capture_rng() -> dict[str, Any]:
     """
     version, words, gauss_next = random.getstate()
     state: dict[str, Any] = {
-        "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss_next": gauss_next},
+        "python": {"version": version, "words": np.array(array("I", words)), "gauss_next": gauss_next},
         "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
@@ -39,7 +40,7 @@ def capture_rng() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> list[str]:
-    """Set all generators of `state` that are there. Returns a note for each that is not; the others are set all the same.
+    """Set all generators of `state` that are there. Returns a note for each that is not; the others are set anyway.
 
     The number of devices may differ. Devices that are not started yet get their state when they are.
     Raises DamagedImage, naming the generator, for a state that none of `capture_rng` is; earlier ones are set by then.

@@ -45,9 +45,7 @@ class World:
         longest = int(max(size.item() for size in sizes))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=self.group)
-        return [
-            json.loads(bytes(part[: int(size.item())].tolist())) for part, size in zip(parts, sizes, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(size.item())].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
     def broadcast(self, data: torch.Tensor, source: int) -> None:
         """Send a uint8 host tensor from one rank to all others, in place; all ranks call it."""

@@ -90,11 +90,13 @@ class Images:
         planned = [slot for slot in self.slots.of(rank) if slot.planned]
         if not planned:
             raise OverBudget(
-                f"rank {rank}: {self._bytes_of(rank)} bytes of its memory budget of {plan.budget_bytes} hold older images "
-                f"that are still needed, so that not one image of {plan.capacity} bytes fits; raise memory_budget"
+                f"rank {rank}: older images that are still needed take {self._bytes_of(rank)} bytes of its memory budget "
+                f"of {plan.budget_bytes}, so that not one of {plan.capacity} bytes fits; raise memory_budget"
             )
         self._prefault(made)
-        listed = [{"slot": each.id, "capacity": each.capacity, "free": each.state is SlotState.FREE} for each in planned]
+        listed = [
+            {"slot": each.id, "capacity": each.capacity, "free": each.state is SlotState.FREE} for each in planned
+        ]
         return {"slots": listed}, [self._memory[each.id].fd for each in planned]
 
     def scratch(self, rank: int, image_bytes: int, budget_bytes: int, taken: int | None) -> tuple[Message, list[int]]:
@@ -220,7 +222,9 @@ class Images:
         """Lend a sealed image; the descriptor is the caller's. Raises LevelFailed if it is not (or no more) there."""
         slot = self.slots.find(image_rank, step, world_size)
         if slot is None:
-            raise LevelFailed(f"the image of rank {image_rank} at step {step} is not in this node's memory; use another level")
+            raise LevelFailed(
+                f"the image of rank {image_rank} at step {step} is not in this node's memory; use another level"
+            )
         slot.pins += 1
         self._readers.setdefault(session, Counter())[slot.id] += 1
         record = self._records[slot.id]
@@ -233,10 +237,12 @@ class Images:
         lent[slot_id] -= 1
         self.unpin(slot_id)
 
-    def adopt(self, rank: int, slot_id: int, record_text: str) -> None:
+    def adopt(self, rank: int, slot_id: int, step: int, record_text: str) -> None:
         """Let others read an image that a trainer has read and verified. Raises the errors of `parse_record`."""
         slot = self.slots.owned(slot_id, rank, SlotState.LOADING)
         record = parse_record(record_text, f"the record that rank {rank} gave for slot {slot_id}")
+        if record.step != step or record.image_bytes > slot.capacity:
+            raise ProtocolError(f"slot {slot_id} cannot hold step {record.step} with {record.image_bytes} bytes")
         snapshot = self.snapshots.adopt(record.step, record.world_size)
         self.slots.adopted(slot, snapshot, record.rank, record.image_bytes)
         self._records[slot.id] = record
@@ -337,7 +343,8 @@ class Images:
 
     def _top_up(self, rank: int) -> list[Slot]:
         """New buffers, up to what the rank's plan and its budget say."""
-        plan, made = self._plans[rank], []
+        plan = self._plans[rank]
+        made: list[Slot] = []
         capacity = whole_pages(plan.capacity)
         limit = plan.budget_bytes + plan.slots * PAGE_BYTES
         there = sum(slot.planned for slot in self.slots.of(rank))
@@ -352,7 +359,7 @@ class Images:
         return slot
 
     def _give_back_unplanned(self) -> None:
-        """Free memory that no plan holds. Before a trainer has planned it keeps what it had: it will ask for the same."""
+        """Free memory that no plan holds. A trainer keeps what it had until it plans: it will want the same."""
         for slot in self.slots.all():
             settled = slot.rank in self._plans or slot.rank not in self.snapshots.node_ranks
             if slot.state is SlotState.FREE and not slot.planned and not slot.pins and settled:
@@ -374,7 +381,9 @@ class Images:
     def _prefault(self, slots: Sequence[Slot]) -> None:
         views = [self._memory[slot.id].view for slot in slots]
         if views:
-            threading.Thread(target=_prefault_all, args=(views, self._stopped.is_set), name="prefault", daemon=True).start()
+            threading.Thread(
+                target=_prefault_all, args=(views, self._stopped.is_set), name="prefault", daemon=True
+            ).start()
 
 
 def _prefault_all(views: list[memoryview], stopped: Callable[[], bool]) -> None:

@@ -32,7 +32,9 @@ class Memory:
         try:
             self.fd = os.memfd_create(f"resilient-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise OverBudget(f"the system gives no memory file ({error.strerror}); raise its limit of open files") from error
+            raise OverBudget(
+                f"the system gives no memory file ({error.strerror}); raise its limit of open files"
+            ) from error
         try:
             os.ftruncate(self.fd, capacity)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

@@ -1,8 +1,9 @@
 """The frames that trainers and the agent exchange over a private Unix stream socket.
 
-A frame is four bytes of length (big-endian) and that many bytes of JSON, one object; `"fds": n` in it says that n file
-descriptors came with its first byte. A request has an `id` and gets one reply with that id, `{"id", "ok": true, ..}`
-or `{"id", "error": {"kind", "message"}}`; a message without an id gets none; an `event` comes from the agent unasked.
+A frame is four bytes of length (big-endian) and that many bytes of JSON, one object; `"descriptors": n` in it says
+that n file descriptors came with its first byte. A request has an `id` and gets one reply with that id,
+`{"id", "ok": true, ..}` or `{"id", "error": {"kind", "message"}}`; a message without an id gets none; an `event` comes
+from the agent unasked.
 Nothing here waits: `FrameReader` is fed bytes. What the operations mean is said in `server.py`.
 """
 
@@ -27,7 +28,7 @@ Message = dict[str, Any]
 
 
 class ProtocolError(Exception):
-    """The other side sent something that no correct client or agent sends; the connection is closed. Never leaves us."""
+    """What no correct client or agent sends; the connection is closed. Never leaves this package."""
 
 
 def encode(message: Message) -> bytes:
@@ -54,7 +55,7 @@ class FrameReader:
         """Whole messages with their descriptors, which are the caller's to close. Raises ProtocolError."""
         while (body := self._next_body()) is not None:
             message = _parsed(body)
-            count = message.pop("fds", 0)
+            count = message.pop("descriptors", 0)
             if type(count) is not int or not 0 <= count <= len(self._fds):
                 raise ProtocolError(f"a frame speaks of {count!r} descriptors, {len(self._fds)} came")
             yield message, [self._fds.popleft() for _ in range(count)]

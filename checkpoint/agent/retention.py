@@ -65,7 +65,8 @@ def _steps(names: Iterable[str]) -> set[int]:
 
 
 def _deletions(names: Iterable[str], steps: Collection[int], ranks: Collection[int] | None) -> Deletions:
-    records, images = [], []
+    records: list[str] = []
+    images: list[str] = []
     for name in names:
         match = _OURS.match(name)
         if match is None or step_of(name) not in steps:

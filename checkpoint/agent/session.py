@@ -7,13 +7,21 @@ socket), when it sends what is no frame, or when it does not read what it is sen
 import contextlib
 import logging
 import os
+import select
 import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from resilient.checkpoint.agent.loop import READ, WRITE, Loop
-from resilient.checkpoint.agent.protocol import FIRST_FRAME_BYTES, FRAME_BYTES, FrameReader, Message, ProtocolError, encode
+from resilient.checkpoint.agent.protocol import (
+    FIRST_FRAME_BYTES,
+    FRAME_BYTES,
+    FrameReader,
+    Message,
+    ProtocolError,
+    encode,
+)
 
 _CREDENTIALS = struct.Struct("3i")
 _RECEIVE_BYTES = 256 << 10
@@ -58,12 +66,18 @@ class Session:
         """Queue a message. The descriptors are copied; the caller keeps its own."""
         if self.closed:
             return
-        frame = memoryview(encode({**message, "fds": len(fds)} if fds else message))
+        frame = memoryview(encode({**message, "descriptors": len(fds)} if fds else message))
         self._unsent.append((frame, [os.dup(fd) for fd in fds]))
         self._unsent_bytes += len(frame)
         self._flush()
         if self._unsent_bytes > _UNSENT_BYTES:
             self.close("it does not read what it is sent")
+
+    def end_if_dead(self) -> bool:
+        """Close the session if the trainer's process has ended; whether it is closed now."""
+        if self._pidfd >= 0 and not self.closed and select.select([self._pidfd], [], [], 0)[0]:
+            self._process_ended(READ)
+        return self.closed
 
     def close(self, reason: str) -> None:
         if self.closed:

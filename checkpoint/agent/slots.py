@@ -59,7 +59,7 @@ class Slots:
         return slot
 
     def remove(self, slot: Slot) -> None:
-        assert slot.state is SlotState.FREE and slot.pins == 0, slot
+        assert slot.state is SlotState.FREE, slot
         del self._held[slot.id]
 
     def all(self) -> list[Slot]:
@@ -136,7 +136,7 @@ class Slots:
         return max(filter(fits, self.sealed_images()), key=merit, default=None)
 
     def _fill(self, slot: Slot, state: SlotState) -> None:
-        assert slot.state is SlotState.FREE and slot.pins == 0, slot
+        assert slot.state is SlotState.FREE, slot
         slot.state, slot.fill = state, slot.fill + 1
 
     def _recyclable(self, slot: Slot) -> bool:

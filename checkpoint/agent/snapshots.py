@@ -181,7 +181,8 @@ class Snapshots:
     def fail_step(self, level: str, step: int, rank: int, reason: str) -> list[Tell]:
         """A trainer says that a step has failed at a level, perhaps before any image of it was begun here."""
         for snapshot in reversed(self.all()):
-            if snapshot.step == step and not snapshot.superseded and not snapshot.adopted and level in snapshot.progress:
+            current = snapshot.step == step and not snapshot.superseded and not snapshot.adopted
+            if current and level in snapshot.progress:
                 return self.fail(snapshot.key, level, rank, reason)
         if level != MEMORY:
             return [_failed(level, step, rank, reason)]
@@ -248,7 +249,7 @@ class Snapshots:
         return None
 
     def _supersede(self, rank: int, step: int) -> list[Tell]:
-        """A rank begins a step: what it, or another world, began at this step or later belongs to an earlier attempt."""
+        """A rank begins a step: what it, or another world, began from there on belongs to an earlier attempt."""
         told = []
         for snapshot in self.all():
             same_world = (snapshot.world_size, snapshot.node_ranks) == (self.world_size, self.node_ranks)

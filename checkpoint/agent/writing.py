@@ -17,15 +17,16 @@ from resilient.checkpoint.agent.retention import Deletions, durable_deletions, l
 from resilient.checkpoint.agent.slots import Slot
 from resilient.checkpoint.agent.snapshots import DURABLE, LOCAL, Progress, Snapshots, Tell
 from resilient.checkpoint.agent.writer import Cancelled, Job, LevelWriter
-from resilient.checkpoint.digest import BLOCK_BYTES
+from resilient.checkpoint.digest import BLOCK_BYTES, digest
 from resilient.checkpoint.levels.image_io import chunks_of, read_image_range, write_image
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record
-from resilient.errors import LevelFailed, ResilientError
+from resilient.errors import DamagedImage, LevelFailed, ResilientError
 from resilient.policy import Policy
 
 CHUNK_BYTES = 8 * BLOCK_BYTES
 FAILURES_KEPT = 100
+STEPS_KEPT = 64  # complete local steps remembered beyond those that are kept
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Writing:
 
             def chunks() -> Iterable[memoryview]:
                 if view is not None:
-                    found = chunks_of(view, CHUNK_BYTES)
+                    found: Iterable[memoryview] = chunks_of(view, CHUNK_BYTES)
                 else:
                     assert policy.local is not None
                     found = _chunks_of_file(stores.get(policy.local, policy.retries), record)
@@ -213,8 +214,8 @@ class Writing:
         if url is None:
             return
         complete, uploading = set(self._local_complete), self._uploading()
-        newer = sorted(self._local_complete)[-2 * policy.local_keep_last - HELD_LOCAL :]
-        self._local_complete.intersection_update(newer)
+        for old in sorted(self._local_complete)[: -policy.local_keep_last - STEPS_KEPT]:
+            self._local_complete.discard(old)
 
         def decide(names: list[str]) -> Deletions:
             if level == DURABLE:
@@ -239,7 +240,9 @@ class Writing:
 
     def _uploading(self) -> set[int]:
         """Steps whose local files are still to be read for the durable level."""
-        waiting = [write for write in self._writes if write.level == DURABLE and write.slot is None or write.then_durable]
+        waiting = [
+            write for write in self._writes if (write.level == DURABLE and write.slot is None) or write.then_durable
+        ]
         return {write.record.step for write in waiting}
 
     # --- ends
@@ -267,9 +270,6 @@ class Writing:
             writer.stop()
 
 
-HELD_LOCAL = 64
-
-
 def _log_deletion(error: ResilientError | None) -> None:
     if error is not None:
         log.warning("old snapshots could not be deleted, it is tried again after the next one: %s", error)
@@ -287,8 +287,15 @@ def _until(is_cancelled: Callable[[], bool], chunks: Iterable[memoryview]) -> It
 
 def _chunks_of_file(store: Store, record: Record) -> Iterable[memoryview]:
     """An image from the level where it was written before, verified on the way. Raises DamagedImage."""
+    assert CHUNK_BYTES % BLOCK_BYTES == 0
     room = memoryview(bytearray(min(CHUNK_BYTES, record.image_bytes)))
     for start in range(0, record.image_bytes, CHUNK_BYTES):
         chunk = room[: min(CHUNK_BYTES, record.image_bytes - start)]
         read_image_range(store, record, start, chunk)
+        for number, block in enumerate(chunks_of(chunk, BLOCK_BYTES), start // BLOCK_BYTES):
+            if digest(block) != record.blocks[number]:
+                raise DamagedImage(
+                    f"{store.url}/{record.image_name} differs from what was sealed in block {number} of rank "
+                    f"{record.rank} at step {record.step}; the disk damaged it, and it is not sent on"
+                )
         yield chunk

@@ -22,8 +22,9 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
-_ANSWERS = (FileNotFoundError, FileExistsError)  # these say how things are: neither retried nor wrapped
-_FINAL = (PermissionError, NotImplementedError, ValueError, TypeError)  # repeating these brings nothing
+Answers = tuple[type[Exception], ...]
+ANSWERS: Answers = (FileNotFoundError, FileExistsError)  # these say how things are: neither retried nor wrapped
+_FINAL = (*ANSWERS, PermissionError, NotImplementedError, ValueError, TypeError)  # repeating these brings nothing
 
 
 def jittered_pause_s(attempt: int, fraction: float) -> float:
@@ -57,19 +58,25 @@ class Calls:
         return self.timed(method, getattr(self.fs, method), *args, **kwargs)
 
     def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """A method of the file system, with retries; see `retry`."""
+        """A method that asks, with retries; see `retry`."""
         return self.retry(method, lambda: self.once(method, *args, **kwargs))
 
-    def retry(self, what: str, attempt: Callable[[], T], *, stop: Event | None = None) -> T:
+    def do(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method that changes something, with retries; whatever it raises is a failure."""
+        return self.retry(method, lambda: self.once(method, *args, **kwargs), answers=())
+
+    def retry(
+        self, what: str, attempt: Callable[[], T], *, stop: Event | None = None, answers: Answers = ANSWERS
+    ) -> T:
         """Repeat `attempt` until it returns. `stop`, once set, ends the repeating.
 
-        Raises LevelFailed when it gives up, with the last error as cause. FileNotFoundError, FileExistsError and this
-        library's own errors pass through at once.
+        Raises LevelFailed when it gives up, with the last error as cause. The errors in `answers` and this library's own
+        pass through at once.
         """
         for number in range(self.retries + 1):
             try:
                 return attempt()
-            except (*_ANSWERS, ResilientError):
+            except (*answers, ResilientError):
                 raise
             except Exception as error:  # each client library raises its own kinds; all of them mean "not done"
                 last = number == self.retries or (stop is not None and stop.is_set())
@@ -113,11 +120,11 @@ class Calls:
 
     def _failed(self, what: str, error: Exception, attempts: int) -> LevelFailed:
         number = getattr(error, "errno", None) or (errno.EACCES if isinstance(error, PermissionError) else errno.EIO)
-        advice = (
-            "check the credentials and the rights they have"
-            if isinstance(error, PermissionError)
-            else "look at the store's service and the network; the next save tries again"
-        )
+        advice = "look at the store's service and the network; the next save tries again"
+        if isinstance(error, PermissionError):
+            advice = "check the credentials and the rights they have"
+        elif isinstance(error, FileNotFoundError):
+            advice = "check that the bucket or folder above it exists"
         return LevelFailed(number, f"{self.where}: {what} failed in {attempts} attempts ({_told(error)}); {advice}")
 
 

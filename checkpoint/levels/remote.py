@@ -69,7 +69,7 @@ class RemoteStore(Store):
         self._retries, self._timeout_s, self._part_bytes, self._sleep = retries, timeout_s, part_bytes, sleep
 
     def write(self, name: str, chunks: Iterable[memoryview], *, exclusive: bool = False) -> None:
-        """See Store. Chunks are copied as they come, so their memory may be used again after each."""
+        """See Store. Chunks must not change until this returns."""
         calls, path = self._calls(name), self._path(name)
         if self.protocol in S3_PROTOCOLS:
             S3Write(calls, path, part_bytes=self._part_bytes, exclusive=exclusive).run(chunks)
@@ -138,7 +138,7 @@ class RemoteStore(Store):
         first = next(parts)
         second = next(parts, None)
         if second is None and self.protocol in ATOMIC_PUT:
-            calls.run("pipe_file", path, bytes(first))
+            calls.do("pipe_file", path, first)
             return
         folder, _, name = path.rpartition("/")
         temporary = f"{folder}/.{name[:120]}.{secrets.token_hex(8)}.part"
@@ -146,13 +146,13 @@ class RemoteStore(Store):
             self._stream(calls, temporary, chain([first], [] if second is None else [second], parts))
             self._move(calls, temporary, path)
         except BaseException:
-            with suppress(LevelFailed, FileNotFoundError):  # best effort: the first error is the one that matters
-                calls.run("rm_file", temporary)
+            with suppress(LevelFailed):  # best effort: the first error is the one that matters
+                calls.do("rm_file", temporary)
             raise
 
-    def _stream(self, calls: Calls, path: str, parts: Iterator[bytearray]) -> None:
+    def _stream(self, calls: Calls, path: str, parts: Iterator[bytes]) -> None:
         if self.protocol not in ATOMIC_PUT:
-            calls.run("makedirs", path.rpartition("/")[0], exist_ok=True)
+            calls.do("makedirs", path.rpartition("/")[0], exist_ok=True)
         file = _tell(calls, "open", lambda: calls.timed("open", self.fs.open, path, "wb"))
         try:
             for part in parts:
@@ -171,7 +171,7 @@ class RemoteStore(Store):
                 calls.once("rm_file", target)
                 calls.once("mv", source, target)
 
-        calls.retry("mv", attempt)
+        calls.retry("mv", attempt, answers=())
 
     def _read(self, calls: Calls, path: str, offset: int, view: memoryview) -> None:
         def attempt() -> None:
@@ -224,7 +224,7 @@ class RemoteStore(Store):
 def _tell(calls: Calls, what: str, attempt: Callable[[], Any]) -> Any:
     """One attempt whose failure is told as LevelFailed: a stream cannot be taken up again in the middle."""
     once = Calls(calls.fs, calls.where, retries=0, timeout_s=calls.timeout_s)
-    return once.retry(what, attempt)
+    return once.retry(what, attempt, answers=())
 
 
 def _hidden(name: str) -> bool:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from threading import Event
 from typing import Any
 
@@ -25,21 +26,21 @@ PARTS_UNDER_WAY = 4
 _TOKEN = "resilient-write"
 
 
-def cut(chunks: Iterable[memoryview], part_bytes: int) -> Iterator[bytearray]:
+def cut(chunks: Iterable[memoryview], part_bytes: int) -> Iterator[bytes]:
     """The same bytes in parts of equal size, the last one shorter; at least one part, if an empty one."""
-    part = bytearray()
-    started = False
+    held: list[memoryview] = []
+    room = part_bytes
+    given = False
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
         while len(view):
-            if len(part) == part_bytes:
-                yield part
-                part, started = bytearray(), True
-            count = min(len(view), part_bytes - len(part))
-            part += view[:count]
-            view = view[count:]
-    if part or not started:
-        yield part
+            if not room:
+                yield b"".join(held)
+                held, room, given = [], part_bytes, True
+            held.append(view[:room])
+            view, room = view[room:], room - len(held[-1])
+    if held or not given:
+        yield b"".join(held)
 
 
 class S3Write:
@@ -67,22 +68,22 @@ class S3Write:
         first = next(parts)
         second = next(parts, None)
         if second is None:
-            self._last_request("put_object", Body=first, **self._metadata())
+            self._last_request("put_object", first, **self._metadata())
         else:
             self._multipart(first, second, parts)
 
-    def _multipart(self, first: bytearray, second: bytearray, rest: Iterator[bytearray]) -> None:
+    def _multipart(self, first: bytes, second: bytes, rest: Iterator[bytes]) -> None:
         upload = self._request("create_multipart_upload", **self._target, **self._metadata())["UploadId"]
         try:
             sent = self._send(upload, first, second, rest)
             self._last_request("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": sent})
         except BaseException:
-            with suppress(LevelFailed, FileNotFoundError):  # best effort: the first error is the one that matters
+            with suppress(LevelFailed):  # best effort: the first error is the one that matters
                 self._request("abort_multipart_upload", **self._target, UploadId=upload)
             raise
 
     def _send(
-        self, upload: str, first: bytearray, second: bytearray, rest: Iterator[bytearray]
+        self, upload: str, first: bytes, second: bytes, rest: Iterator[bytes]
     ) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
         under_way: deque[Future[dict[str, Any]]] = deque()
@@ -101,9 +102,13 @@ class S3Write:
                 raise
         return sent
 
-    def _send_part(self, upload: str, number: int, part: bytearray) -> dict[str, Any]:
-        request = {**self._target, "UploadId": upload, "PartNumber": number, "Body": part}
-        done = self._calls.retry("upload_part", lambda: self._once("upload_part", **request), stop=self._stop)
+    def _send_part(self, upload: str, number: int, part: bytes) -> dict[str, Any]:
+        request = {**self._target, "UploadId": upload, "PartNumber": number}
+        # aiohttp asks for large bodies as files; each attempt reads its own from the beginning.
+        def attempt() -> dict[str, Any]:
+            return self._once("upload_part", **request, Body=BytesIO(part))
+
+        done = self._calls.retry("upload_part", attempt, stop=self._stop, answers=())
         return {"PartNumber": number, "ETag": done["ETag"]}
 
     def _check_count(self, number: int) -> None:
@@ -114,12 +119,13 @@ class S3Write:
                 f"takes; open the store with larger part_bytes",
             )
 
-    def _last_request(self, method: str, **kwargs: Any) -> None:
+    def _last_request(self, method: str, body: bytes | None = None, **kwargs: Any) -> None:
         """The request that makes the object visible, repeated until it is known to have been done, or not."""
 
         def attempt() -> None:
+            data = {} if body is None else {"Body": BytesIO(body)}
             try:
-                self._once(method, **self._target, **kwargs, **self._condition)
+                self._once(method, **self._target, **data, **kwargs, **self._condition)
             except Exception as error:  # of whatever kind: the answer may be lost although the work is done
                 if self._is_ours():
                     return
@@ -127,11 +133,9 @@ class S3Write:
                     self._condition = {}  # such a server leaves us with the look before
                 if error_code(error) == "PreconditionFailed" or isinstance(error, FileExistsError):
                     raise FileExistsError(errno.EEXIST, "there already", self._calls.where) from error
-                if isinstance(error, FileNotFoundError):  # no such bucket, or an upload that is gone
-                    raise OSError(errno.EIO, str(error)) from error
                 raise
 
-        self._calls.retry(method, attempt)
+        self._calls.retry(method, attempt, answers=(FileExistsError,))
 
     def _is_ours(self) -> bool:
         """Whether the object that is there now is the one this write put there."""
@@ -143,13 +147,12 @@ class S3Write:
 
     def _head(self) -> dict[str, Any] | None:
         try:
-            found = self._request("head_object", **self._target)
+            return self._calls.retry("head_object", lambda: self._once("head_object", **self._target))
         except FileNotFoundError:
             return None
-        return found
 
     def _request(self, method: str, **kwargs: Any) -> dict[str, Any]:
-        return self._calls.retry(method, lambda: self._once(method, **kwargs))
+        return self._calls.retry(method, lambda: self._once(method, **kwargs), answers=())
 
     def _once(self, method: str, **kwargs: Any) -> dict[str, Any]:
         answer: dict[str, Any] = self._calls.once("call_s3", method, **kwargs)
@@ -169,7 +172,7 @@ def error_code(error: BaseException | None) -> str:
     return ""
 
 
-def _chain(first: bytearray, second: bytearray, rest: Iterator[bytearray]) -> Iterator[bytearray]:
+def _chain(first: bytes, second: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     yield first
     yield second
     yield from rest

@@ -29,7 +29,7 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset`. Raises FileNotFoundError, or DamagedImage when there are too few."""
+        """Fill `into` with the bytes from `offset`. Raises FileNotFoundError, or DamagedImage if too few."""
 
     @abstractmethod
     def size(self, name: str) -> int:

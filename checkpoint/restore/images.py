@@ -57,6 +57,10 @@ class Image:
     def pieces(self) -> list[Stored]:
         return stored_pieces(self.record, self.data_start)
 
+    def groups(self) -> dict[str, list[list[str]]]:
+        """For each optimizer, the names of the parameters in each of its groups."""
+        return {raw["optimizer"]: raw["groups"] for raw in json.loads(self.record.pieces_text) if "optimizer" in raw}
+
     def objects(self) -> Any:
         """The objects that were saved beside the tensors. Their tensors are copies."""
         raw = json.loads(bytes(self._bytes_of(OBJECTS_KEY)))
@@ -104,7 +108,7 @@ def stored_pieces(record: Record, data_start: int) -> list[Stored]:
             mesh=raw.get("mesh", False),
         )
         for raw in json.loads(record.pieces_text)
-        if "alias_of" not in raw
+        if "nbytes" in raw
     ]
 
 
@@ -115,9 +119,7 @@ def verify(view: memoryview, record: Record, level: str) -> None:
         raise DamagedImage(damage_message(record, view, bad, level))
 
 
-def read_verified(
-    read: Callable[[int, memoryview], None], record: Record, into: memoryview, level: str
-) -> None:
+def read_verified(read: Callable[[int, memoryview], None], record: Record, into: memoryview, level: str) -> None:
     """Fill `into` with a whole image, several ranges at a time, checking every block as it arrives.
 
     `read(offset, part)` fills one range. Raises DamagedImage, or what `read` raises.
@@ -149,7 +151,7 @@ def damage_message(record: Record, view: memoryview, blocks: list[int], level: s
     names = [
         raw["key"]
         for raw in json.loads(record.pieces_text)
-        if "alias_of" not in raw and _meets(begins + raw["offset"], raw["nbytes"], spans)
+        if "nbytes" in raw and _meets(begins + raw["offset"], raw["nbytes"], spans)
     ]
     what = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (

