@@ -64,7 +64,8 @@ def restore(*, folder: str, method: str, shape: str, times: int) -> dict[str, di
         ours = checkpointer()
         ours.restore()
         found = ours.last_restore
-        assert found is not None and found.levels[0] == level, f"restored from another level: {found}"
+        assert found is not None, "there was nothing to restore"
+        assert found.levels[0] == level, f"restored from another level: {found}"
         ours.close(keep_memory=level == "memory")
         return found.seconds
 

@@ -8,11 +8,15 @@ import time
 import tracemalloc
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.processes import Failure, launch
 from bench.report import Report, Rounds, Target, ratio
 from bench.settings import Settings
+
+if TYPE_CHECKING:
+    from bench.peers import Method
+    from bench.state import Training
 
 OURS = "resilient, memory"
 MOST_CALL_S = 0.002
@@ -45,11 +49,11 @@ def measure(*, folder: str, method: str, tensors: int, elements: int, saves: int
     }
 
 
-def _allocated(training: Any, saver: Any, saves: int) -> tuple[int, int]:
+def _allocated(training: "Training", saver: "Method", saves: int) -> tuple[int, int]:
     """The most bytes that Python, and torch, allocated in one call of `save`; other threads' allocations included."""
     from torch.profiler import ProfilerActivity, profile
 
-    python, torch_bytes = 0, 0
+    python = 0
     tracemalloc.start()
     for step in range(saves, saves + 5):
         training.step(saver.updating)
@@ -90,14 +94,12 @@ def run(settings: Settings) -> list[Report]:
 
 def _report(rounds: Rounds, methods: tuple[str, ...]) -> Report:
     ours = rounds.series(OURS, "call")
+    bound, mebibyte = [MOST_CALL_S] * len(ours), [float(1 << 20)] * len(ours)
     rows: dict[str, list[float | None]] = {}
     for method in methods:
-        call, ones = rounds.series(method, "call"), [1.0] * len(ours)
-        row = [ratio(call, ours), ratio(rounds.series(method, "first"), call), ratio(call, [MOST_CALL_S] * len(ours))]
-        mebibytes = [float(1 << 20)] * len(ones)
-        row += [ratio(rounds.series(method, kind), mebibytes) for kind in ("python_bytes", "torch_bytes")]
-        rows[method] = row
-    bound = [MOST_CALL_S] * len(ours)
+        call, first = rounds.series(method, "call"), rounds.series(method, "first")
+        allocated = [ratio(rounds.series(method, kind), mebibyte) for kind in ("python_bytes", "torch_bytes")]
+        rows[method] = [ratio(call, ours), ratio(first, call), ratio(call, bound), *allocated]
     targets = [
         Target(what="second call / 2 ms", value=ratio(rounds.series(OURS, "second"), bound), bound=1.0),
         Target(what="median of the later calls / 2 ms", value=ratio(ours, bound), bound=1.0),

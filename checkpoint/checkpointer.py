@@ -5,6 +5,7 @@ Training thread: `save`, `fence` (by hook), `restore`, `close`. What they need e
 """
 
 import logging
+import os
 import time
 import weakref
 from collections import deque
@@ -20,9 +21,9 @@ from resilient.checkpoint.board import Board
 from resilient.checkpoint.capture import Capture, Job
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.handle import Pending, SaveHandle
-from resilient.checkpoint.identity import normal_url, run_identity
 from resilient.checkpoint.leaves import walk
 from resilient.checkpoint.link import AgentLink, hello_of
+from resilient.checkpoint.place import normal_url
 from resilient.checkpoint.plan import Plan, make_plan
 from resilient.checkpoint.restore.restorer import Restored, Restorer
 from resilient.checkpoint.stateful import check_state
@@ -72,7 +73,7 @@ class Checkpointer:
         self._early: frozenset[str] = frozenset()
         self._plan: Plan | None = None
         self._metadata = {"format": "resilient", "rank": str(self.world.rank), "world_size": str(self.world.world_size)}
-        hello = hello_of(run_identity(self._policy, self._url), self._url, self.world, self._policy)
+        hello = hello_of(self._policy.run_identity(self._url, os.environ), self._url, self.world, self._policy)
         self._board = Board.of(self.world, hello.run_id)
         self._link = AgentLink(hello, self._policy, self._pending, self._board)
         self._capture = Capture(

@@ -1,4 +1,4 @@
-"""What any test may use: waiting with a deadline, a private folder for sockets, and the checkout's own helpers.
+"""What any test may use: waiting with a deadline, a private folder for sockets, and imports from the checkout.
 
 Only what many folders need stands here; a folder's own fixtures stand in its own conftest.py or test file. The
 checkout is put last on the path, so that tests, and processes that they spawn, can import `tests.conformance...`,

@@ -116,6 +116,9 @@ class Proxy:
     def _forward(self, client: socket.socket, head: bytes, rest: bytes, fault: Fault) -> None:
         length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
         body_bytes = int(length[1]) if length else 0
+        head, waits = re.subn(rb"(?i)\r\nexpect: [^\r]*", b"", head)
+        if waits:  # answered here, so that the only answer of the server is the last one
+            client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         with socket.create_connection(("127.0.0.1", self._upstream), timeout=_LONG_S) as server:
             server.sendall(head[:-2] + b"Connection: close\r\n\r\n" + rest)
             limit = body_bytes if fault.drop_after is None else min(body_bytes, fault.drop_after)

@@ -90,8 +90,8 @@ class Images:
         planned = [slot for slot in self.slots.of(rank) if slot.planned]
         if not planned:
             raise OverBudget(
-                f"rank {rank}: older images that are still needed take {self._bytes_of(rank)} bytes of its memory budget "
-                f"of {plan.budget_bytes}, so that not one of {plan.capacity} bytes fits; raise memory_budget"
+                f"rank {rank}: older images that are still needed take {self._bytes_of(rank)} bytes of its memory "
+                f"budget of {plan.budget_bytes}, so that not one of {plan.capacity} bytes fits; raise memory_budget"
             )
         self._prefault(made)
         listed = [

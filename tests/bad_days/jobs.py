@@ -1,0 +1,52 @@
+"""What the forked processes of these tests run. Arguments and results are JSON."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from resilient.checkpoint.checkpointer import Checkpointer
+from resilient.policy import Policy
+from tests.bad_days.training import Training
+
+
+def tell(word: str) -> None:
+    """Say something to the test: one line, appended at once."""
+    with (Path(os.environ["BAD_DAY_FOLDER"]) / "told").open("a") as file:
+        file.write(f"{word}\n")
+
+
+def calm(steps: int, width: int, layers: int) -> str:
+    """A training that nothing protects or disturbs."""
+    training = Training(width, layers)
+    training.run(1, steps)
+    return training.digest()
+
+
+def train(url: str, steps: int, width: int = 32, layers: int = 2, **policy: Any) -> dict[str, Any]:
+    """Restore if there is something, train up to `steps`, saving each; tells what becomes complete in memory."""
+    training = Training(width, layers)
+    checkpointer = Checkpointer(url, training.state, Policy(**policy))
+    start = checkpointer.restore() or 0
+    restored = checkpointer.last_restore
+    tell(f"restored {start} from {restored.levels[0] if restored else 'nothing'}")
+    for step in range(start + 1, steps + 1):
+        training.step()
+        handle = checkpointer.save(step)
+        handle.durable("memory").add_done_callback(
+            lambda done, step=step: tell(f"complete {step}") if done.exception() is None else None
+        )
+        tell(f"saved {step}")
+    problems = checkpointer.close()
+    return {"digest": training.digest(), "start": start, "problems": problems}
+
+
+def join(rank: int, world_size: int, meeting: str) -> None:
+    """Become a rank of a gloo world."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    torch.manual_seed(0)

@@ -1,0 +1,63 @@
+"""Agents that run in a thread of the test, with stores and a clock of the test's choice."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from resilient.checkpoint.agent.address import address_of
+from resilient.checkpoint.agent.server import Agent
+from resilient.checkpoint.levels.store import Store
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Served:
+    """Agents in threads; all ended by the fixture."""
+
+    def __init__(self) -> None:
+        self.stores: dict[str, Store] = {}
+        self.clock = Clock()
+        self._agents: list[tuple[Agent, threading.Thread]] = []
+
+    def start(self, run_id: str = "run", url: str | None = None) -> Agent:
+        """An agent whose levels are `stores` by URL, and whose clock is `clock`."""
+        agent = Agent(address_of(run_id, url), open_store=lambda name, _: self.stores[name], clock=self.clock)
+        ready = threading.Event()
+        thread = threading.Thread(target=agent.run, args=(ready.set,), name="agent", daemon=True)
+        thread.start()
+        assert ready.wait(20)
+        self._agents.append((agent, thread))
+        return agent
+
+    def wait_ended(self) -> None:
+        for _, thread in self._agents:
+            thread.join(20)
+            assert not thread.is_alive(), "the agent did not end"
+
+    def stop(self) -> None:
+        self.clock.now += 1e6
+        for agent, _ in self._agents:
+            agent.stop()
+        self.wait_ended()
+
+
+@pytest.fixture
+def served(runtime_dir: Path) -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def agent_in_thread(served: Served) -> Callable[..., Agent]:
+    return served.start
