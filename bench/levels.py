@@ -46,7 +46,7 @@ def write(*, folder: str, method: str, size_bytes: int, times: int) -> dict[str,
 def restore(*, folder: str, method: str, shape: str, times: int) -> dict[str, dict[str, float]]:
     """Median seconds of restores from memory and from the local disk, and of their limits. In a process of its own."""
     import resilient
-    from bench.limits import copy_flat, filled_buffer, raw_read, raw_write
+    from bench.limits import DEPTHS, copy_flat, filled_buffer, raw_read, raw_write
     from bench.ours import policy
     from bench.state import SHAPES, Training
 
@@ -79,7 +79,7 @@ def restore(*, folder: str, method: str, shape: str, times: int) -> dict[str, di
         memory.append(restored("memory"))
     checkpointer().close()  # ends the agent, and what it held
     for _ in range(times):
-        reads.append(min(raw_read(path, target, depth) for depth in (2, 4)))
+        reads.append(min(raw_read(path, target, depth) for depth in DEPTHS))
         evict(Path(folder) / "local")
         local.append(restored("local"))
     return {
@@ -117,7 +117,7 @@ def _chunks(image: mmap.mmap) -> Iterator[memoryview]:
 
 def run(settings: Settings) -> list[Report]:
     rounds = Rounds()
-    times = 2 if settings.quick else 5
+    times = 3 if settings.quick else 5
     size_bytes = 32 << 20 if settings.smoke else 1 << 30
     shape = "tiny" if settings.smoke else "large"
     for number in range(settings.rounds):

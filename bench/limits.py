@@ -16,8 +16,8 @@ import numpy as np
 from torch import Tensor
 
 PAGE_BYTES = 4096
-REQUEST_BYTES = 8 << 20
-DEPTHS = (1, 2, 4)
+REQUEST_BYTES = 16 << 20
+DEPTHS = (2, 4)
 
 
 def filled_buffer(size_bytes: int) -> mmap.mmap:

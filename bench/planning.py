@@ -73,7 +73,7 @@ def _allocated(training: "Training", saver: "Method", saves: int) -> tuple[int, 
 
 def run(settings: Settings) -> list[Report]:
     rounds = Rounds()
-    methods = (OURS, "torch.save", "dcp.save", "dcp.async_save, async staging", "torch_checkpointing")
+    methods = (OURS, "torch.save", "torch_checkpointing")
     for number in range(settings.rounds):
         rounds.begin()
         for method in settings.turned(methods, number):

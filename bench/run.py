@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,9 @@ def main() -> int:
         rounds=chosen.rounds or (1 if quick else 3),
         quick=quick,
         smoke=chosen.smoke,
-        say=lambda text: console.print(text, style="dim", markup=False),
+        say=lambda text: console.print(
+            f"{time.strftime('%H:%M:%S')} {text}", style="dim", markup=False, highlight=False
+        ),
         only=chosen.only,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too

@@ -6,6 +6,7 @@ Training thread: `save`, `fence` (by hook), `restore`, `close`. What they need e
 
 import logging
 import os
+import secrets
 import time
 import weakref
 from collections import deque
@@ -75,7 +76,9 @@ class Checkpointer:
         self._metadata = {"format": "resilient", "rank": str(self.world.rank), "world_size": str(self.world.world_size)}
         hello = hello_of(self._policy.run_identity(self._url, os.environ), self._url, self.world, self._policy)
         self._board = Board.of(self.world, hello.run_id)
-        self._link = AgentLink(hello, self._policy, self._pending, self._board)
+        self._link = AgentLink(
+            hello, self._policy, self._pending, self._board, life=self.world.gather(secrets.token_hex(8))[0]
+        )
         self._capture = Capture(
             self._link,
             threads=self._policy.copy_threads,

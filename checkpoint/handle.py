@@ -48,6 +48,10 @@ class Pending:
         self.failed = 0
 
     def add(self, handle: SaveHandle) -> None:
+        """Await this handle. One that is still awaited for the same step is superseded: a run went back."""
+        before = self._handles.get(handle.step)
+        if before is not None:
+            self.fail("memory", handle.step, SnapshotSkipped(f"step {handle.step} was saved again before it was safe"))
         with self._lock:
             self._handles[handle.step] = handle
 

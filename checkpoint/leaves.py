@@ -3,9 +3,10 @@
 Names are the parameters' fully qualified names below the name of the item: `model.layers.0.weight`,
 `optimizer.state.model.layers.0.weight.exp_avg`. Wrappers (DDP, torch.compile, activation checkpointing) leave no
 trace in them. The walk also returns what has to be looked at to know that the structure is still the same
-(`Watch`), so that a save need not walk again. What is not a tensor is `objects.py`'s.
+(`Watch`), so that a save need not walk again. What is not a tensor is `extras.py`'s.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from resilient.checkpoint.dtypes import safetensors_dtype
@@ -23,16 +25,20 @@ from resilient.checkpoint.pieces import Piece
 from resilient.errors import StateError
 
 Kind = Literal["parameter", "buffer", "optimizer", "tensor"]
+# Names under which wrappers hold what they wrap: torch.compile, activation checkpointing.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+_RESERVED = ("resilient.", "__metadata__")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Leaf:
     """One tensor of the state. `tensor` is as the owner holds it (maybe a DTensor), `local` the bytes of this rank.
 
-    `replicas` are the global ranks that hold the same box, this one included, in ascending order; `own` says that
-    other ranks may hold something else under the same name. For optimizer state `parameter` is the name of the
-    parameter and `name` the key in its state.
+    `replicas` are the global ranks that hold the same box, and `group` all that hold parts of the same tensor, both
+    with this one and ascending; they are empty for a rank's own, of which others may hold something else under the same
+    name. `persistent` is false for buffers that the module does not count as its state: they are saved, since a bit
+    that they keep is a bit of the next step, but nothing depends on their being in a snapshot.
+    For optimizer state `parameter` is the name of the parameter and `name` the key in its state.
     """
 
     key: str
@@ -40,10 +46,16 @@ class Leaf:
     tensor: Tensor
     local: Tensor
     box: Piece
-    replicas: tuple[int, ...]
-    own: bool
+    replicas: tuple[int, ...] = ()
+    group: tuple[int, ...] = ()
+    persistent: bool = True
     parameter: str = ""
     name: str = ""
+
+    @property
+    def own(self) -> bool:
+        """Whether other ranks may hold something else under this name."""
+        return not self.group
 
 
 class Watch:
@@ -62,9 +74,9 @@ class Watch:
         """Watch the values of a dictionary, or the items of a list, for replacement and change of number."""
         self._views.append(container.values() if isinstance(container, dict) else container)
 
-    def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any]) -> None:
-        """Watch only some values of a mapping (others change at every step)."""
-        self._views.append(_Keys(container, tuple(keys)))
+    def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any], types: Sequence[Any] = ()) -> None:
+        """Watch only some values of a mapping, and of others, which change at every step, only the type."""
+        self._views.append(_Keys(container, tuple(keys), tuple(types)))
 
     def freeze(self) -> None:
         self._seen = list(chain.from_iterable(self._views))
@@ -80,43 +92,72 @@ class Watch:
 class _Keys:
     container: Mapping[Any, object]
     keys: tuple[Any, ...]
+    types: tuple[Any, ...]
 
     def __iter__(self) -> Iterator[object]:
         yield len(self.container)
         yield from map(self.container.__getitem__, self.keys)
+        yield from map(type, map(self.container.__getitem__, self.types))
 
 
 @dataclass(slots=True)
 class Leaves:
-    """All that a walk finds. `aliases` maps a second name of a tied tensor to its first."""
+    """All that a walk finds. `aliases` maps a second name of a tied tensor to its first. By optimizer:
+
+    `groups` has the names of each group's parameters; `mixed` the state of parameters that is not all tensors; `made`,
+    by parameter and name, how to make a state tensor that is neither contiguous nor sharded like its parameter;
+    `others` the keys of state that belongs to no parameter.
+    """
 
     leaves: list[Leaf] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
-    groups: dict[str, list[list[str]]] = field(default_factory=dict)  # optimizer → names of each group's parameters
-    mixed: dict[str, list[tuple[Leaf, dict[str, Any]]]] = field(default_factory=dict)  # state that is not all tensors
+    groups: dict[str, list[list[str]]] = field(default_factory=dict)
+    mixed: dict[str, list[tuple[Leaf, dict[str, Any]]]] = field(default_factory=dict)
+    made: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    others: dict[str, list[Any]] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
     _by_id: dict[int, Leaf] = field(default_factory=dict)
+    _by_key: dict[str, Leaf] = field(default_factory=dict)
+    _places: dict[Any, "Place"] = field(default_factory=dict)
 
-    def by_key(self) -> dict[str, Leaf]:
-        return {leaf.key: leaf for leaf in self.leaves}
+    def by_key(self) -> Mapping[str, Leaf]:
+        return self._by_key
 
     def named(self, tensor: Tensor) -> Leaf | None:
         """The leaf of a parameter or buffer that was walked before."""
         return self._by_id.get(id(tensor))
 
+    def add(self, leaf: Leaf) -> Leaf:
+        """Raises StateError for a second tensor of the same name."""
+        if self._by_key.setdefault(leaf.key, leaf) is not leaf:
+            raise StateError(f"two tensors would be called {leaf.key!r}: give one of the items another name")
+        self.leaves.append(leaf)
+        return leaf
+
+    def place(self, tensor: DTensor) -> "Place":
+        """As `place_of`, which is slow, remembered by what it depends on."""
+        key = (tensor.device_mesh, tensor.placements, tensor.shape)
+        known = self._places.get(key)
+        if known is None:
+            known = self._places[key] = place_of(tensor)
+        return known
+
 
 def walk(state: Mapping[str, object]) -> Leaves:
     """Walk modules and tensors first, then optimizers, which are named after the parameters.
 
-    Raises StateError, naming it, for a tensor that cannot be saved and for a parameter that an optimizer holds but
-    nothing else in the state.
+    FSDP2 modules that an evaluation left unsharded are sharded again, as their own `state_dict` does it.
+    Raises StateError, naming it, for what cannot be saved and for a parameter that an optimizer holds but nothing else
+    in the state.
     """
     found = Leaves()
     for item, value in state.items():
+        if item.startswith(_RESERVED):
+            raise StateError(f"state[{item!r}]: names that begin with {item[: item.find('.') + 1] or item!r} are ours")
         if isinstance(value, nn.Module):
-            _walk_module(found, value, item, ())
+            _walk_module(found, value, item)
         elif isinstance(value, Tensor):
-            _add(found, item, "tensor", value, ())
+            _add(found, item, "tensor", value)
     for item, value in state.items():
         if isinstance(value, Optimizer):
             _walk_optimizer(found, value, item)
@@ -124,35 +165,76 @@ def walk(state: Mapping[str, object]) -> Leaves:
     return found
 
 
-def _walk_module(found: Leaves, module: nn.Module, prefix: str, replicas: tuple[int, ...]) -> None:
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The DistributedDataParallel around a module, if any: its ranks, and the ids of parameters that it leaves alone."""
+
+    ranks: tuple[int, ...] = ()
+    ignored: frozenset[int] = frozenset()
+
+
+def modules_of(module: nn.Module, prefix: str = "", home: Home | None = None) -> Iterator[tuple[str, nn.Module, Home]]:
+    """All modules with the names they have without wrappers, and their homes. Depth first; a wrapper is not left out."""
+    home = home or Home()
     if isinstance(module, DistributedDataParallel):
-        group = torch.distributed.get_process_group_ranks(module.process_group)
-        _walk_module(found, module.module, prefix, tuple(sorted(group)))
-        return
-    found.watch.add(module._modules)
-    for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
-        found.watch.add(tensors)
-        for name, tensor in tensors.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                _add(found, f"{prefix}.{name}", "parameter" if kind == "parameter" else "buffer", tensor, replicas)
+        home = _home_of(module)
+    yield prefix, module, home
+    wraps = isinstance(module, (DistributedDataParallel, DataParallel))
     for name, child in module._modules.items():
-        if child is not None:
-            _walk_module(found, child, prefix if name in _TRANSPARENT else f"{prefix}.{name}", replicas)
+        if child is None:
+            continue
+        transparent = name in _TRANSPARENT or (wraps and name == "module")
+        yield from modules_of(child, prefix if transparent else f"{prefix}.{name}" if prefix else name, home)
+
+
+def _home_of(module: DistributedDataParallel) -> Home:
+    names = module.parameters_to_ignore
+    ignored = frozenset(id(tensor) for name, tensor in module.module.named_parameters() if name in names)
+    return Home(tuple(sorted(torch.distributed.get_process_group_ranks(module.process_group))), ignored)
+
+
+def _walk_module(found: Leaves, module: nn.Module, item: str) -> None:
+    _reshard(module)
+    for prefix, part, home in modules_of(module, item):
+        watch = found.watch
+        watch.add(part._modules)
+        watch.add(part._parameters)
+        watch.add(part._buffers)
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                ranks = home.ranks if id(tensor) not in home.ignored else ()
+                _add(found, f"{prefix}.{name}", "parameter", tensor, ranks)
+        for name, tensor in part._buffers.items():
+            if tensor is not None:
+                # Under DDP too each rank has its own: the ranks change them in forward, each with its own batch.
+                persistent = name not in part._non_persistent_buffers_set
+                _add(found, f"{prefix}.{name}", "buffer", tensor, persistent=persistent)
+
+
+def _reshard(module: nn.Module) -> None:
+    """After a forward without a backward FSDP2 holds plain parameters in place of the sharded ones."""
+    loaded = sys.modules.get("torch.distributed.fsdp")  # not imported for this: without it there is no such module
+    kind: Any = getattr(loaded, "FSDPModule", None)
+    if kind is not None:
+        for part in module.modules():
+            if isinstance(part, kind):
+                part.reshard()
 
 
 def _walk_optimizer(found: Leaves, optimizer: Optimizer, item: str) -> None:
+    _refuse_optimizer(optimizer, item)
     watch = found.watch
     watch.add_keys(optimizer.__dict__, ("state", "param_groups"))
     watch.add(optimizer.param_groups)
     watch.add(optimizer.state)
-    found.groups[item], found.mixed[item] = [], []
+    found.groups[item], found.mixed[item], found.made[item] = [], [], {}
+    found.others[item] = [key for key in optimizer.state if not isinstance(key, Tensor)]
     for number, group in enumerate(optimizer.param_groups):
-        watch.add(group["params"])
-        names = [
-            _parameter_of(found, parameter, item, number, index) for index, parameter in enumerate(group["params"])
-        ]
-        found.groups[item].append([leaf.key for leaf in names])
-        for parameter, leaf in zip(group["params"], names, strict=True):
+        parameters = group["params"]
+        watch.add(parameters)
+        leaves = [_parameter_of(found, parameter, item, number, index) for index, parameter in enumerate(parameters)]
+        found.groups[item].append([leaf.key for leaf in leaves])
+        for parameter, leaf in zip(parameters, leaves, strict=True):
             if parameter in optimizer.state:
                 _walk_parameter_state(found, optimizer.state[parameter], leaf, item)
 
@@ -172,29 +254,48 @@ def _walk_parameter_state(found: Leaves, state: dict[str, Any], parameter: Leaf,
     if len(tensors) == len(state):
         found.watch.add(state)
     else:
-        found.watch.add_keys(state, tensors)
+        found.watch.add_keys(state, tensors, [name for name in state if name not in tensors])
         found.mixed[item].append((parameter, state))
     for name in tensors:
-        _add_optimizer_state(found, f"{item}.state.{parameter.key}.{name}", state[name], parameter, name)
+        key = f"{item}.state.{parameter.key}.{name}"
+        made = _add_optimizer_state(found, key, state[name], parameter, name)
+        if made:
+            found.made[item].setdefault(parameter.key, {})[name] = made
 
 
-def _add_optimizer_state(found: Leaves, key: str, tensor: Tensor, parameter: Leaf, name: str) -> None:
-    """Optimizer state follows its parameter: replicated with it, sharded with it, or this rank's own."""
-    replicas, own = parameter.replicas, parameter.own
-    if isinstance(parameter.tensor, DTensor) and not isinstance(tensor, DTensor):
-        # A counter is the same on all ranks of the mesh; any other plain tensor belongs to the shard beside it.
-        whole_mesh = tuple(sorted(parameter.tensor.device_mesh.mesh.flatten().tolist()))
-        replicas, own = (whole_mesh, False) if tensor.dim() == 0 else ((), True)
-    _append(found, key, "optimizer", tensor, replicas, own=own, parameter=parameter.key, name=name)
+def _add_optimizer_state(found: Leaves, key: str, tensor: Tensor, parameter: Leaf, name: str) -> dict[str, Any]:
+    """Optimizer state follows its parameter: replicated with it, sharded with it, or this rank's own.
+
+    Returns how to make it anew where that is not plain from its dtype and shape.
+    """
+    replicas = group = parameter.group
+    sharded, like = isinstance(tensor, DTensor), parameter.tensor
+    if isinstance(like, DTensor) and not sharded and tensor.dim():
+        replicas = group = ()  # a counter is the same on all ranks of the mesh; this belongs to the shard beside it
+    _append(found, key, "optimizer", tensor, replicas, group, parameter=parameter.key, name=name)
+    if not sharded:
+        return {} if tensor.is_contiguous() else {"strides": list(tensor.stride())}
+    if isinstance(like, DTensor) and (tensor.placements, tensor.shape) == (like.placements, like.shape):
+        return {}
+    return {"placements": _placements(key, tensor, like)}
 
 
-def _add(found: Leaves, key: str, kind: Kind, tensor: Tensor, replicas: tuple[int, ...]) -> None:
+def _placements(key: str, tensor: DTensor, like: Tensor) -> list[int | None]:
+    """For each dimension of the parameter's mesh the dimension that is sharded over it, None where it is replicated."""
+    plain = all(placement.is_replicate() or type(placement) is Shard for placement in tensor.placements)
+    if not (isinstance(like, DTensor) and tensor.device_mesh == like.device_mesh and plain):
+        raise StateError(f"tensor {key!r} is spread over ranks in another way than its parameter: it cannot be rebuilt")
+    return [getattr(placement, "dim", None) for placement in tensor.placements]
+
+
+def _add(
+    found: Leaves, key: str, kind: Kind, tensor: Tensor, replicas: tuple[int, ...] = (), *, persistent: bool = True
+) -> None:
     known = found.named(tensor)
-    if known is not None:
+    if known is None:
+        found._by_id[id(tensor)] = _append(found, key, kind, tensor, replicas, replicas, persistent=persistent)
+    elif known.key != key:
         found.aliases[key] = known.key
-        return
-    leaf = _append(found, key, kind, tensor, replicas, own=not replicas and not isinstance(tensor, DTensor))
-    found._by_id[id(tensor)] = leaf
 
 
 def _append(
@@ -203,47 +304,77 @@ def _append(
     kind: Kind,
     tensor: Tensor,
     replicas: tuple[int, ...],
+    group: tuple[int, ...],
     *,
-    own: bool,
+    persistent: bool = True,
     parameter: str = "",
     name: str = "",
 ) -> Leaf:
     _refuse_what_cannot_be_saved(key, tensor)
     if isinstance(tensor, DTensor):
-        box, replicas = place(tensor)
-        local = tensor._local_tensor
+        place = found.place(tensor)
+        box, replicas, group, local = place.box, place.replicas, place.group, tensor._local_tensor
     else:
         box, local = Piece.whole(tensor.shape), tensor
-    leaf = Leaf(
-        key=key,
-        kind=kind,
-        tensor=tensor,
-        local=local.detach(),
-        box=box,
-        replicas=replicas,
-        own=own,
-        parameter=parameter,
-        name=name,
+    return found.add(
+        Leaf(
+            key=key,
+            kind=kind,
+            tensor=tensor,
+            local=local.detach(),
+            box=box,
+            replicas=replicas,
+            group=group,
+            persistent=persistent,
+            parameter=parameter,
+            name=name,
+        )
     )
-    found.leaves.append(leaf)
-    return leaf
 
 
-def place(tensor: DTensor) -> tuple[Piece, tuple[int, ...]]:
-    """This rank's box of a DTensor, and the global ranks that hold the same box."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This rank's box of a DTensor, the global ranks that hold the same box, and all ranks of its mesh."""
+
+    box: Piece
+    replicas: tuple[int, ...]
+    group: tuple[int, ...]
+
+
+def place_of(tensor: DTensor) -> Place:
+    """Where this rank's part of a DTensor lies. The rank belongs to its mesh."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tensor.placements
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    here = mesh.get_coordinate()
     index: tuple[slice | int, ...] = tuple(
         slice(None) if placement.is_replicate() else coordinate
-        for placement, coordinate in zip(placements, here or (), strict=True)
+        for placement, coordinate in zip(placements, _coordinate(mesh), strict=True)
     )
-    replicas = tuple(sorted(mesh.mesh[index].flatten().tolist()))
     if 0 in sizes:  # an empty shard may report an offset beyond the end
         offsets = tuple(min(offset, size) for offset, size in zip(offsets, tensor.shape, strict=True))
-    return Piece.box(tensor.shape, offsets, sizes), replicas
+    ranks = mesh.mesh
+    return Place(
+        Piece.box(tensor.shape, offsets, sizes),
+        replicas=tuple(sorted(ranks[index].flatten().tolist())),
+        group=tuple(sorted(ranks.flatten().tolist())),
+    )
+
+
+def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
+    return mesh.get_coordinate() or ()
+
+
+def _refuse_optimizer(optimizer: Optimizer, item: str) -> None:
+    """Those whose state is not all there, or not what they say it is."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.distributed.")}
+    problem = ""
+    if "ZeroRedundancyOptimizer" in names:
+        problem = "its state is spread over ranks in a way that only it knows: shard with fully_shard instead"
+    elif not {"state", "param_groups"} <= optimizer.__dict__.keys():
+        problem = "it wraps another optimizer: name that one in the state"
+    if problem:
+        raise StateError(f"state[{item!r}] cannot be saved: it is a {type(optimizer).__name__}; {problem}")
 
 
 def _refuse_what_cannot_be_saved(key: str, tensor: Tensor) -> None:
@@ -256,15 +387,26 @@ def _refuse_what_cannot_be_saved(key: str, tensor: Tensor) -> None:
         problem = "is not initialised yet: run one forward pass before making the Checkpointer"
     elif tensor.is_meta:
         problem = "is on the meta device and has no bytes: materialise it first (to_empty)"
+    elif tensor.is_nested or tensor.is_quantized:
+        problem = "is nested or quantized: save its parts as plain tensors"
     elif tensor.layout is not torch.strided:
         problem = f"has layout {tensor.layout}, and only strided tensors can be saved: convert it to dense"
     elif tensor.is_conj() or tensor.is_neg():
         problem = "is a lazy conjugate or negation: call resolve_conj() and resolve_neg() on it first"
-    elif tensor.is_quantized or tensor.is_nested:
-        problem = "is quantized or nested: save its parts as plain tensors"
-    elif isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
-        problem = "is a partial sum over the mesh: redistribute it to Shard or Replicate first"
-    elif type(tensor) not in (Tensor, nn.Parameter) and not isinstance(tensor, DTensor):
+    elif isinstance(tensor, DTensor):
+        problem = _problem_of_dtensor(tensor)
+    elif type(tensor) not in (Tensor, nn.Parameter):
         problem = f"is a {type(tensor).__name__}, a tensor class that is not known here: save what is inside of it"
     if problem:
         raise StateError(f"tensor {key!r} {problem}")
+
+
+def _problem_of_dtensor(tensor: DTensor) -> str:
+    local = type(tensor._local_tensor)
+    if any(placement.is_partial() for placement in tensor.placements):
+        return "is a partial sum over the mesh: redistribute it to Shard or Replicate first"
+    if not _coordinate(tensor.device_mesh):
+        return "lies on a device mesh that this rank has no part in: give each rank only the modules it works on"
+    if local not in (Tensor, nn.Parameter):
+        return f"consists of parts of class {local.__name__}, which is not known here: save what is inside of them"
+    return ""

@@ -24,6 +24,8 @@ from resilient.policy import Policy
 _log = logging.getLogger("resilient")
 _SLOTS = 2  # the newest complete image, and the one being filled (law 4)
 _MOST_SLOTS = 8
+_FIRST_PAUSE_S = 1.0  # after an agent could not be started; doubled each time, so that a broken node costs little
+_LONGEST_PAUSE_S = 60.0
 
 
 def hello_of(run_id: str, url: str, world: World, policy: Policy) -> Hello:
@@ -42,60 +44,74 @@ def hello_of(run_id: str, url: str, world: World, policy: Policy) -> Hello:
 class AgentLink:
     """See the module. `board` hears what the agent says, for the other nodes."""
 
-    def __init__(self, hello: Hello, policy: Policy, pending: Pending, board: Board) -> None:
+    def __init__(self, hello: Hello, policy: Policy, pending: Pending, board: Board, life: str) -> None:
         self._hello = hello
         self._policy = policy
         self._pending = pending
         self._board = board
+        self._life = life
         board.bind(self._connected)
         self._lock = threading.Lock()
         self._client: AgentClient | None = None
         self._registered: tuple[str, int] | None = None  # plan digest and capacity known to this agent
         self._pinned: list[int] = []
+        self._starved = False
+        self._pause_s = 0.0
+        self._retry_at = 0.0
+        self._giver: AgentClient | None = None  # who gave the buffer that is being filled
 
     def client(self) -> AgentClient:
-        """The connected client; connects, starting an agent if need be. Blocks for that long; raises AgentLost."""
+        """The connected client; connects, starting an agent if need be. Blocks for that long.
+
+        Raises AgentLost or LevelFailed where no agent can be reached, and what a new connection may raise (UrlInUse).
+        """
         with self._lock:
             if self._client is None or self._client.lost:
-                self._registered = None
-                self._pinned = []
+                self._let_go()
                 self._client = AgentClient.connect(self._hello, self._on_event, self._on_lost)
+                self._pause_s = 0.0
             return self._client
 
     # ---- Buffers, for the capture thread
 
     def take(self, plan: Plan, capacity: int, timeout_s: float, given_up: Callable[[], bool]) -> Slot:
-        """A buffer for the next image. Waits at most `timeout_s` for one (back-pressure)."""
-        client = self.client()
+        """A buffer for the next image. Waits at most `timeout_s` for one (back-pressure).
+
+        A wait in vain is not repeated: until a buffer comes free, later captures give up at once, so that an agent or
+        a level that hangs costs the training one such wait, and not one at every step.
+        """
+        client = self._client_to_save()
         self._register(client, plan, capacity)
+        self._giver = client
         slot = client.take_free_slot(0)
         if slot is None and self._policy.on_pressure == "skip":
             raise SnapshotSkipped("no buffer was free (on_pressure = skip): older images are still being written")
         deadline = time.monotonic() + timeout_s
-        while slot is None and not given_up() and time.monotonic() < deadline:
+        while slot is None and not self._starved and not given_up() and time.monotonic() < deadline:
             slot = client.take_free_slot(0.1)
+        waited = "none has become free since a save waited" if self._starved else "none became free within"
+        self._starved = slot is None
         if slot is None:
             raise SnapshotSkipped(
-                f"no buffer became free within {timeout_s:g} s: a level below is too slow or a rank is stuck; "
+                f"no buffer: {waited} {timeout_s:g} s; a level below is too slow, the agent hangs or a rank is stuck: "
                 "raise memory_budget, write less often, or set on_pressure = skip"
             )
         return slot
 
     def begin(self, buffer: Any, step: int) -> None:
-        self._connected().begin(buffer, step)
+        self._gave().begin(buffer, step)
 
     def filled(self, buffer: Any, step: int, upto: int) -> None:
-        self._connected().filled(buffer, step, upto)
+        self._gave().filled(buffer, step, upto)
 
     def seal(self, buffer: Any, step: int, image_bytes: int, levels: tuple[str, ...]) -> None:
-        self._connected().seal(buffer, step, image_bytes, [level for level in levels if level != "memory"])
+        self._gave().seal(buffer, step, image_bytes, [level for level in levels if level != "memory"])
 
     def abort(self, buffer: Any | None, step: int, reason: str) -> None:
-        client = self._connected()
         if buffer is not None:
-            client.abort(buffer, step, reason)
+            self._gave().abort(buffer, step, reason)
         else:
-            client.failed("memory", step, self._hello.rank, reason)
+            self._connected().failed("memory", step, self._hello.rank, reason)
 
     # ---- the end
 
@@ -103,6 +119,7 @@ class AgentLink:
         """Wait for pending writes (at most `timeout_s`) and leave; without `keep` the agent ends with its last rank."""
         client = self._client
         if client is None or client.lost:
+            self._let_go()
             return []
         problems: list[str] = []
         try:
@@ -112,6 +129,32 @@ class AgentLink:
         self._unpin()
         client.close(keep)
         return problems
+
+    def _client_to_save(self) -> AgentClient:
+        """As `client`, but where no agent could be started a while passes before it is tried again."""
+        if time.monotonic() < self._retry_at and (self._client is None or self._client.lost):
+            raise AgentLost(f"the agent is gone, and starting another failed; it is tried every {self._pause_s:g} s")
+        try:
+            return self.client()
+        except ResilientError:
+            self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
+            self._retry_at = time.monotonic() + self._pause_s
+            raise
+
+    def _let_go(self) -> None:
+        """Forget a client that is lost, and what was mapped of its agent."""
+        lost, self._client = self._client, None
+        self._registered = None
+        self._starved = False
+        self._unpin()
+        if lost is not None:
+            lost.close(keep=True)
+
+    def _gave(self) -> AgentClient:
+        """The client whose buffer is being filled: another agent would not know it. Raises AgentLost if it is gone."""
+        if self._giver is None or self._giver.lost:
+            raise AgentLost("the agent is gone")
+        return self._giver
 
     def _connected(self) -> AgentClient:
         client = self._client
@@ -138,6 +181,7 @@ class AgentLink:
             budget_bytes=budget,
             pieces_text=plan.pieces_text,
             software={"torch": torch.__version__},
+            life=self._life,
         )
         if plan.devices:
             self._pin(mapped)

@@ -27,6 +27,8 @@ from resilient.checkpoint.pieces import Piece, Replicated, share
 _EARLY_BYTES = 1 << 20
 _ALIGN = 64
 _CACHED_MOVES = 8
+_TRUTH = {True: "true", False: "false"}
+_text = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +168,9 @@ def make_plan(found: Leaves, rank: int, early_keys: frozenset[str] = frozenset()
         planned.append(Planned(leaf=leaf, piece=piece, entry=entry, early=early))
         offset += entry.nbytes
     pieces = [_described(one) for one in planned]
-    aliases = [{"key": key, "alias_of": first} for key, first in found.aliases.items()]
-    groups = [{"optimizer": item, "groups": names} for item, names in found.groups.items()]
-    return Plan(planned, _aligned(offset), json.dumps(pieces + aliases + groups, separators=(",", ":")))
+    pieces += [_text({"key": key, "alias_of": first}) for key, first in found.aliases.items()]
+    pieces += [_text({"optimizer": item, "groups": names}) for item, names in found.groups.items()]
+    return Plan(planned, _aligned(offset), f"[{','.join(pieces)}]")
 
 
 def data_start(plan: Plan, extra_header: str) -> int:
@@ -208,25 +210,24 @@ def _entry(leaf: Leaf, piece: Piece, offset: int) -> Entry:
     return Entry(leaf.key, code, (*shape, *(trailing or ())), offset, piece.numel * leaf.local.element_size())
 
 
-def _described(one: Planned) -> dict[str, Any]:
+def _described(one: Planned) -> str:
+    """The entry of a piece in the record, as JSON: put together by hand, since a plan may have very many."""
     leaf, piece = one.leaf, one.piece
-    described: dict[str, Any] = {
-        "key": leaf.key,
-        "kind": leaf.kind,
-        "dtype": dtype_name(leaf.local.dtype),
-        "shape": list(piece.shape),
-        "offsets": list(piece.offsets),
-        "sizes": list(piece.sizes),
-        "start": piece.start,
-        "stop": piece.stop,
-        "offset": one.entry.offset,
-        "nbytes": one.entry.nbytes,
-        "own": leaf.own,
-        "host": leaf.local.device.type == "cpu",
-    }
+    kind = leaf.kind if leaf.persistent else "transient"
+    text = (
+        f'{{"key":{json.dumps(leaf.key)},"kind":"{kind}","dtype":"{dtype_name(leaf.local.dtype)}",'
+        f'"shape":{_list(piece.shape)},"offsets":{_list(piece.offsets)},"sizes":{_list(piece.sizes)},'
+        f'"start":{piece.start},"stop":{piece.stop},"offset":{one.entry.offset},"nbytes":{one.entry.nbytes},'
+        f'"own":{_TRUTH[leaf.own]},"host":{_TRUTH[leaf.local.device.type == "cpu"]}'
+    )
     if leaf.kind == "optimizer":
-        described |= {"parameter": leaf.parameter, "name": leaf.name, "mesh": isinstance(leaf.tensor, DTensor)}
-    return described
+        mesh = _TRUTH[isinstance(leaf.tensor, DTensor)]
+        text += f',"parameter":{json.dumps(leaf.parameter)},"name":{json.dumps(leaf.name)},"mesh":{mesh}'
+    return text + "}"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return f"[{','.join(map(str, numbers))}]"
 
 
 def _local(leaf: Leaf) -> Tensor:

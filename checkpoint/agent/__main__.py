@@ -5,6 +5,7 @@ folder to be gone, serve. The starting process ends when the agent serves, or sa
 """
 
 import argparse
+import contextlib
 import faulthandler
 import logging
 import os
@@ -85,12 +86,19 @@ def _serve(address: Address, patience_s: float, on_ready: Callable[[], None]) ->
     make_folder(address)
     log_file = _log_to(address)
     faulthandler.enable(log_file)
-    os.nice(NICE)
+    _yield_to_training()
     agent = Agent(address)
     signal.signal(signal.SIGTERM, lambda _number, _frame: agent.stop())
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     agent.run(on_ready, patience_s=patience_s)
+
+
+def _yield_to_training() -> None:
+    """Run after the trainers, and do not interrupt one that has just handed over a block."""
+    os.nice(NICE)
+    with contextlib.suppress(OSError):  # a sandbox may forbid it; it is a courtesy
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _log_to(address: Address) -> int:

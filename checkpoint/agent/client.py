@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 from resilient.checkpoint.agent.address import Address, address_of
 from resilient.checkpoint.agent.buffers import MappedImage, Slot
@@ -22,7 +23,7 @@ from resilient.checkpoint.agent.memory import prefault
 from resilient.checkpoint.agent.protocol import PROTOCOL, Message
 from resilient.checkpoint.agent.start import POLL_S, start_agent
 from resilient.checkpoint.record import Record, parse_record
-from resilient.errors import AgentLost, LevelFailed, ResilientError
+from resilient.errors import AgentLost, LevelFailed, OverBudget, ResilientError
 from resilient.policy import Policy
 
 CLAIM_S = 75.0  # a claim that another host left behind has to go stale first
@@ -74,6 +75,7 @@ class AgentClient:
         self._changed = threading.Condition()
         self._slots: dict[int, Slot] = {}
         self._free: deque[int] = deque()
+        self._mappings: WeakValueDictionary[int, Slot] = WeakValueDictionary()
         self._prefaulting: list[threading.Thread] = []
         self._unmapping = threading.Event()
         self._connection: Connection
@@ -122,23 +124,30 @@ class AgentClient:
         budget_bytes: int,
         pieces_text: str,
         software: dict[str, str],
+        life: str = "",
     ) -> list[Slot]:
         """The buffers for images of a plan, of which those without a needed image are free to take. Blocks.
 
         While older images fill the budget there are fewer at first. Slots of an earlier plan that are not among them
         must not be begun any more; give back what was taken before. Raises OverBudget, AgentLost.
         """
-        slots_made: list[Slot] = self._connection.request(
-            "plan",
-            take=self._take_plan,
-            plan_digest=plan_digest,
-            capacity=capacity,
-            slots=slots,
-            budget_bytes=budget_bytes,
-            pieces_text=pieces_text,
-            software=software,
-        )
-        return slots_made
+        try:
+            planned: list[Slot] = self._connection.request(
+                "plan",
+                take=self._take_plan,
+                plan_digest=plan_digest,
+                capacity=capacity,
+                slots=slots,
+                budget_bytes=budget_bytes,
+                pieces_text=pieces_text,
+                software=software,
+                life=life,
+            )
+        except OverBudget:
+            with self._changed:  # the earlier plan does not hold any more
+                self._slots, self._free = {}, deque()
+            raise
+        return planned
 
     def take_free_slot(self, timeout_s: float) -> Slot | None:
         """A slot that may be filled; None if none came free in time. 0 does not wait. Raises AgentLost."""
@@ -203,7 +212,7 @@ class AgentClient:
         try:
             slot: Slot = self._connection.request(
                 "scratch",
-                take=self._take_slot,
+                take=lambda reply, fds: self._mapped(reply, fds[0]),
                 image_bytes=image_bytes,
                 budget_bytes=budget_bytes,
                 taken=taken.id if taken else None,
@@ -241,7 +250,7 @@ class AgentClient:
             self._connection.request("bye", keep=keep, within_s=SEND_S)
         self._connection.hang_up()
         with self._changed:
-            slots, self._slots = list(self._slots.values()), {}
+            slots, self._slots = list(self._mappings.values()), {}
             self._free.clear()
             self._changed.notify_all()
         self._unmapping.set()
@@ -302,7 +311,10 @@ class AgentClient:
 
     def _take_event(self, message: Message, fds: list[int]) -> None:
         if message["event"] == "slot":
-            self._put_back(self._take_slot(message, fds).id)
+            slot = self._mapped(message, fds[0])
+            with self._changed:
+                self._slots[slot.id] = slot
+            self._put_back(slot.id)
         elif message["event"] == "free":
             self._put_back(message["slot"])
         else:
@@ -319,18 +331,14 @@ class AgentClient:
             self._changed.notify_all()
         return slots
 
-    def _take_slot(self, listed: Message, fds: list[int]) -> Slot:
-        slot = self._mapped(listed, fds[0])
-        with self._changed:
-            self._slots[slot.id] = slot
-        return slot
-
     def _mapped(self, listed: Message, fd: int) -> Slot:
         """The slot that a message speaks of; a new one's pages are made present in the background."""
-        if slot := self._slots.get(listed["slot"]):
+        known = self._mappings.get(listed["slot"])
+        if known is not None:
             os.close(fd)
-            return slot
+            return known
         slot = Slot(listed["slot"], listed["capacity"], fd)
+        self._mappings[slot.id] = slot
         thread = threading.Thread(
             target=prefault, args=(slot.view, self._unmapping.is_set), name="resilient-prefault", daemon=True
         )

@@ -70,14 +70,15 @@ class Connection:
         return os.getpid() == self._pid
 
     def start(self) -> None:
+        """Begin to listen. From here on the listening thread closes the socket at its end."""
         self._listener.start()
 
     def check(self) -> None:
         """Raises AgentLost if nothing can be sent. Any thread."""
-        if self.error is not None:
-            raise self.error
         if self._hung_up:
             raise AgentLost(f"{self._who}: the connection to the agent was closed; connect again")
+        if self.error is not None:
+            raise self.error
         if not self.is_ours:
             raise AgentLost(
                 f"{self._who}: a forked child cannot use its parent's connection to the agent; make another"
@@ -130,7 +131,6 @@ class Connection:
             self._sock.shutdown(socket.SHUT_RDWR)
         if self._listener.is_alive() and threading.current_thread() is not self._listener:
             self._listener.join()
-        self._sock.close()
 
     def _lose(self, reason: str) -> None:
         """The agent is gone: tell everybody who waits. Once."""
@@ -164,6 +164,8 @@ class Connection:
             reason = str(error)
         reader.close()
         self._lose(reason)
+        with self._sending:
+            self._sock.close()
 
     def _receive(self, reader: FrameReader) -> bool:
         data, fds, _, _ = socket.recv_fds(self._sock, _RECEIVE_BYTES, FDS_PER_FRAME)

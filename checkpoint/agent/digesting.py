@@ -19,12 +19,15 @@ class _Making:
     blocks: list[str] = field(default_factory=list)
 
     def next_block(self) -> tuple[int, int] | None:
-        """[start, stop) of the next block that is whole; None while the trainer has to go on first."""
+        """[start, stop) of the next block that is whole; None while the trainer has to go on first.
+
+        An empty block stands for the end of an image that was digested to the end before it was sealed.
+        """
         start = len(self.blocks) * BLOCK_BYTES
         if self.image_bytes is None:
             return (start, start + BLOCK_BYTES) if start + BLOCK_BYTES <= self.upto else None
-        if len(self.blocks) >= block_count(self.image_bytes):
-            return None
+        if self.done:
+            return (0, 0)
         return block_range(len(self.blocks), self.image_bytes)
 
     @property
@@ -69,6 +72,7 @@ class Digester:
         with self._changed:
             if image := self._images.get(ticket):
                 image.image_bytes = image_bytes
+                del image.blocks[image_bytes // BLOCK_BYTES :]  # what was filled beyond the end does not count
                 self._changed.notify()
 
     def drop(self, ticket: Hashable) -> None:
@@ -80,7 +84,8 @@ class Digester:
             ticket, image, (start, stop) = work
             block = digest(image.view[start:stop])
             with self._changed:
-                image.blocks.append(block)
+                if start < stop and (image.image_bytes is None or stop <= image.image_bytes):
+                    image.blocks.append(block)
                 finished = image.done and self._images.pop(ticket, None) is image
             if finished:
                 self._on_digested(ticket, tuple(image.blocks))

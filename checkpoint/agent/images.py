@@ -12,7 +12,7 @@ from typing import Protocol
 
 from resilient.checkpoint.agent.digesting import Digester
 from resilient.checkpoint.agent.loop import Loop
-from resilient.checkpoint.agent.memory import PAGE_BYTES, Memory, prefault, whole_pages
+from resilient.checkpoint.agent.memory import PAGE_BYTES, Memory, available_bytes, check_room, prefault, whole_pages
 from resilient.checkpoint.agent.protocol import Message, ProtocolError
 from resilient.checkpoint.agent.slots import Slot, Slots, SlotState
 from resilient.checkpoint.agent.snapshots import MEMORY, Snapshots, Tell
@@ -33,6 +33,7 @@ class Plan:
     budget_bytes: int
     pieces_text: str
     software: dict[str, str]
+    life: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +192,7 @@ class Images:
             blocks=blocks,
             pieces_text=fill.plan.pieces_text,
             software=fill.plan.software,
+            life=fill.plan.life,
         )
         self._records[slot.id] = record
         self.slots.sealed(slot)
@@ -349,10 +351,17 @@ class Images:
         limit = plan.budget_bytes + plan.slots * PAGE_BYTES
         there = sum(slot.planned for slot in self.slots.of(rank))
         while there + len(made) < plan.slots and self._bytes_of(rank) + capacity <= limit:
-            made.append(self._make(rank, capacity, planned=True))
+            try:
+                made.append(self._make(rank, capacity, planned=True))
+            except OverBudget:
+                if there + len(made) == 0:
+                    raise
+                break  # the node is short of memory: tried again after the next change
         return made
 
     def _make(self, rank: int, capacity: int, *, planned: bool) -> Slot:
+        promised = sum(memory.missing_bytes() for memory in self._memory.values())
+        check_room(capacity, available_bytes() - promised)
         memory = Memory(capacity, f"rank{rank}")
         slot = self.slots.add(rank, capacity, planned=planned)
         self._memory[slot.id] = memory

@@ -7,6 +7,7 @@ runs on the loop may block. Connections are in `session.py`.
 import contextlib
 import os
 import selectors
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ class Loop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], None]] = deque()
+        self._waking = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake_fd, READ, self._drain)
 
@@ -28,9 +30,10 @@ class Loop:
         self.wake()
 
     def wake(self) -> None:
-        """Make the loop go round once. From any thread and from signal handlers."""
-        with contextlib.suppress(BlockingIOError, OSError):  # awake already, or closed
-            os.eventfd_write(self._wake_fd, 1)
+        """Make the loop go round once. From any thread, but not from a signal handler: it takes a lock."""
+        with self._waking:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def watch(self, fd: int, interest: int, ready: Callable[[int], None]) -> None:
         """Call `ready(READ or WRITE or both)` whenever the descriptor is; replaces an earlier watch."""
@@ -54,8 +57,9 @@ class Loop:
 
     def close(self) -> None:
         self._selector.close()
-        fd, self._wake_fd = self._wake_fd, -1
-        os.close(fd)
+        with self._waking:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _drain(self, _events: int) -> None:
         os.eventfd_read(self._wake_fd)

@@ -9,7 +9,10 @@ import ctypes
 import fcntl
 import mmap
 import os
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from resilient.errors import OverBudget
 
@@ -22,6 +25,29 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 def whole_pages(size_bytes: int) -> int:
     return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def check_room(wanted_bytes: int, available_bytes: int) -> None:
+    """Raise OverBudget for memory that the system does not have: the kernel would give it now and kill somebody later."""
+    if wanted_bytes > available_bytes:
+        raise OverBudget(
+            f"{wanted_bytes} bytes of memory are wanted for images and this node has {available_bytes} left; "
+            "lower memory_budget, run fewer ranks on the node, or raise the container's memory limit"
+        )
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What can still be had, of the machine's memory and of the container's limit if there is one."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    left = int(found[1]) << 10 if found else sys.maxsize
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        reclaimable = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return left  # no container, or an older kind of control group
+    if limit == "max":
+        return left
+    return min(left, int(limit) - int(used) + (int(reclaimable[1]) if reclaimable else 0))
 
 
 class Memory:
@@ -52,6 +78,10 @@ class Memory:
     def read_only_fd(self) -> int:
         """A new descriptor that can be mapped for reading only."""
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def missing_bytes(self) -> int:
+        """How much of it has no pages yet."""
+        return max(0, self.capacity - os.fstat(self.fd).st_blocks * 512)
 
     def drop(self) -> None:
         """Give the memory back as soon as nobody looks at it any more. Safe to repeat."""

@@ -136,6 +136,8 @@ class Node:
 
     def announce(self, tells: Sequence[Tell]) -> None:
         """Send events to whom they are for, and do what follows from them."""
+        if tells:
+            self.writing.cancel_failed()  # before anybody hears of it
         for to, event in tells:
             if to == ALL:
                 for session in list(self.by_rank.values()):
@@ -144,8 +146,6 @@ class Node:
                 self.by_rank[min(self.by_rank)].send(event)
             if event["event"] == "complete" and event["level"] != MEMORY:
                 self.writing.retain(event["level"], event["step"])
-        if tells:
-            self.writing.cancel_failed()
 
     def send(self, rank: int, message: Message, fds: Sequence[int] = ()) -> None:
         if session := self.by_rank.get(rank):
@@ -248,14 +248,22 @@ class Node:
             lambda: self._stores.get(url, retries),
             self.run_id,
             on_taken=lambda error: self._loop.post(lambda: self._on_claim(error)),
-            on_lost=lambda error: self._loop.post(lambda: self.writing.refuse(DURABLE, str(error))),
+            on_lost=lambda error: self._loop.post(lambda: self._on_claim_lost(error)),
         )
         self.claim.start()
+
+    def _on_claim_lost(self, error: ResilientError) -> None:
+        """Another job has the URL: write nothing more to it, until rank 0 comes back and gets it again."""
+        log.error("the claim is lost: %s", error)
+        self._claimed, self.claim = False, None
+        self.writing.refuse(DURABLE, str(error))
 
     def _on_claim(self, error: ResilientError | None) -> None:
         waiting, self._claiming = self._claiming, []
         self._claimed = error is None
-        if error is not None:
+        if error is None:
+            self.writing.refuse(DURABLE, None)
+        else:
             self.claim = None
         for session, request_id in waiting:
             if error is None:
@@ -275,6 +283,7 @@ class Node:
             budget_bytes=whole(message, "budget_bytes"),
             pieces_text=text(message, "pieces_text"),
             software={str(key): str(value) for key, value in software.items()} if isinstance(software, dict) else {},
+            life=text(message, "life"),
         )
         return self.images.plan(_rank(session), plan)
 

@@ -72,8 +72,7 @@ class Agent:
 
     def stop(self) -> None:
         """Finish pending writes, for a bounded time, and end. From any thread and from signal handlers."""
-        self._stop_asked = True
-        self._loop.wake()
+        self._stop_asked = True  # the loop looks at it several times a second
 
     def _take_folder(self, deadline: float) -> int:
         while True:
@@ -127,6 +126,8 @@ class Agent:
         if self._end_by is None and (reason := self._reason_to_end()) is not None:
             log.info("ending: %s", reason)
             self._stop_listening(listener)
+            for session in [each for each in self._sessions.values() if each.rank is None]:
+                session.close("the agent is ending")
             policy = self._node.policy
             self._end_by = self._clock() + GRACE_S + (2 * policy.write_timeout_s if policy else 0.0)
         if self._stop_asked and self._end_by is not None:

@@ -103,9 +103,11 @@ class Writing:
         for writer in self._writers.values():
             writer.timeout_s = policy.write_timeout_s
 
-    def refuse(self, level: str, reason: str) -> None:
-        """From now on every write to a level fails with this reason."""
-        self._refused[level] = reason
+    def refuse(self, level: str, reason: str | None) -> None:
+        """From now on every write to a level fails with this reason; None: no more."""
+        self._refused.pop(level, None)
+        if reason is not None:
+            self._refused[level] = reason
 
     # --- images
 
@@ -126,7 +128,8 @@ class Writing:
     def cancel_failed(self) -> None:
         """Give up the writes of snapshots that have failed meanwhile."""
         for write in self._writes:
-            if write.job is not None and self._has_failed(write.key, write.level) and not write.then_durable:
+            levels = (write.level, DURABLE) if write.then_durable else (write.level,)
+            if write.job is not None and all(self._has_failed(write.key, level) for level in levels):
                 write.job.cancel()
 
     def _has_failed(self, key: int, level: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from resilient.checkpoint.levels.process import ProcessId, is_dead, this_process
 from resilient.checkpoint.levels.store import Store
-from resilient.errors import NotACheckpoint, UrlInUse
+from resilient.errors import DamagedImage, NotACheckpoint, UrlInUse
 
 NAME = "claim.json"
 FORMAT = "resilient-claim"
@@ -138,13 +138,19 @@ class Claim:
                 )
 
     def _read(self) -> Held | None:
+        """What is there now. A claim that is replaced between the look at its length and the read is read again."""
         where = f"{self._store.url}/{NAME}"
-        try:
-            text = bytearray(min(self._store.size(NAME), _MOST_BYTES))
-            self._store.read(NAME, 0, memoryview(text))
-        except FileNotFoundError:
-            return None
-        return _parse(bytes(text), where)
+        for attempt in range(_ATTEMPTS):
+            try:
+                text = bytearray(min(self._store.size(NAME), _MOST_BYTES))
+                self._store.read(NAME, 0, memoryview(text))
+                return _parse(bytes(text), where)
+            except FileNotFoundError:
+                return None
+            except (DamagedImage, NotACheckpoint):
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _parse(text: bytes, where: str) -> Held:

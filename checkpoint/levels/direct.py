@@ -178,8 +178,6 @@ def read_into(path: str, offset: int, into: memoryview) -> int:
     fd = _open_to_read(path, direct)
     try:
         done = _read(fd, offset, view[:whole]) if direct else 0
-        if direct and done < whole:
-            return done
         _give_up_direct(fd)
         return done + _read(fd, offset + done, view[done:])
     finally:

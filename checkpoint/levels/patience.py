@@ -65,20 +65,18 @@ class Calls:
         """A method that changes something, with retries; whatever it raises is a failure."""
         return self.retry(method, lambda: self.once(method, *args, **kwargs), answers=())
 
-    def retry(
-        self, what: str, attempt: Callable[[], T], *, stop: Event | None = None, answers: Answers = ANSWERS
-    ) -> T:
+    def retry(self, what: str, attempt: Callable[[], T], *, stop: Event | None = None, answers: Answers = ANSWERS) -> T:
         """Repeat `attempt` until it returns. `stop`, once set, ends the repeating.
 
-        Raises LevelFailed when it gives up, with the last error as cause. The errors in `answers` and this library's own
-        pass through at once.
+        Raises LevelFailed when it gives up, with the last error as cause. The errors in `answers`, and this library's
+        own, pass through at once.
         """
         for number in range(self.retries + 1):
             try:
                 return attempt()
-            except (*answers, ResilientError):
-                raise
             except Exception as error:  # each client library raises its own kinds; all of them mean "not done"
+                if isinstance(error, (*answers, ResilientError)):
+                    raise
                 last = number == self.retries or (stop is not None and stop.is_set())
                 if last or isinstance(error, _FINAL):
                     raise self._failed(what, error, number + 1) from error
@@ -107,15 +105,11 @@ class Calls:
         return result  # type: ignore[return-value]
 
     def _on_loop(self, what: str, coroutine: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        async def limited() -> Any:
-            return await asyncio.wait_for(coroutine(*args, **kwargs), self.timeout_s)
-
-        future = asyncio.run_coroutine_threadsafe(limited(), self.fs.loop)
+        future = asyncio.run_coroutine_threadsafe(coroutine(*args, **kwargs), self.fs.loop)
         try:
-            # The loop's own limit fires first, unless the loop itself hangs.
-            return future.result(self.timeout_s + 1)
+            return future.result(self.timeout_s)
         except TimeoutError as error:
-            future.cancel()
+            future.cancel()  # cancels the coroutine on its loop too
             raise TimeoutError(errno.ETIMEDOUT, f"no answer to {what} within {self.timeout_s:g} s") from error
 
     def _failed(self, what: str, error: Exception, attempts: int) -> LevelFailed:

@@ -1,25 +1,30 @@
 """From verified images into the live state, in place.
 
-Stages: check that the images fit the state (before anything is overwritten) → make optimizer state that is missing →
-copy ranges into tensors with several threads → give objects, hyperparameters and RNG their values. Same world size:
-a tensor's ranges are found by name and box over the images of all ranks that hold a replica.
+Stages: `propose` checks that the images fit the state and overwrites nothing → `Proposal.install` gives optimizers the
+state tensors that they lack → `run_load` copies ranges into tensors with several threads; `extras.py` does the rest.
+Same world size: a tensor's ranges are found by name and box over the images of the ranks that it is shared with.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from resilient.checkpoint.copying import Move, batched, chunks, cpu_threads, run_moves
-from resilient.checkpoint.leaves import Leaf, Leaves, walk
+from resilient.checkpoint.leaves import Leaf, Leaves, place_of, walk
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.restore.images import Stored
 from resilient.errors import LayoutMismatch
+
+_log = logging.getLogger("resilient")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,59 +40,111 @@ class Range:
 
 
 class Catalog:
-    """The pieces of all images by name. Only what a rank may use: its own pieces, and all that are shared."""
+    """The pieces of all images by name. Only what `rank` may use: its own pieces, and all that are shared."""
 
     def __init__(self, pieces: Iterable[Stored], rank: int) -> None:
+        self._rank = rank
         self._by_key: dict[str, list[Stored]] = {}
         for stored in pieces:
             if not stored.own or stored.image_rank == rank:
                 self._by_key.setdefault(stored.key, []).append(stored)
 
-    def keys(self) -> set[str]:
-        return set(self._by_key)
+    def needed_keys(self) -> list[str]:
+        """What must have its place in this rank's model: all that this rank itself has saved of it.
 
-    def is_optimizer(self, key: str) -> bool:
-        return self._by_key[key][0].kind == "optimizer"
+        Each shared piece is in the image of a rank that held it, so what any rank lacks is noticed by one of them.
+        """
+        return [
+            key
+            for key, pieces in self._by_key.items()
+            if any(one.image_rank == self._rank and one.kind in ("parameter", "buffer", "tensor") for one in pieces)
+        ]
 
-    def optimizer_states(self) -> list[Stored]:
-        """One piece of each optimizer tensor, to make it from."""
-        return [stored[0] for stored in self._by_key.values() if stored[0].kind == "optimizer"]
-
-    def ranges(self, key: str, local: Tensor, box: Piece) -> list[Range]:
-        """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor, where they do not cover it."""
-        stored = sorted(self._by_key.get(key, ()), key=lambda one: one.piece.start)
-        if not stored:
-            raise LayoutMismatch(f"the snapshot has no tensor {key!r}: was it made by another model?")
-        if stored[0].dtype != local.dtype or stored[0].piece.shape != box.shape:
-            raise LayoutMismatch(
-                f"tensor {key!r} is {stored[0].dtype} {stored[0].piece.shape} in the snapshot and "
-                f"{local.dtype} {box.shape} in this job"
-            )
-        found, covered = [], 0
-        for one in stored:
-            if one.piece.same_box(box) and one.piece.start == covered:
-                span = Range(one.image_rank, one.offset, one.nbytes, local, one.piece.start, one.piece.stop)
-                found.append(span)
-                covered = one.piece.stop
-        if covered != box.numel:
-            raise LayoutMismatch(
-                f"tensor {key!r}: the snapshot has {covered} of the {box.numel} elements of the part at {box.offsets} "
-                f"with sizes {box.sizes} that this rank needs: it was sharded differently"
-            )
+    def of_optimizer(self, item: str) -> dict[str, dict[str, list[Stored]]]:
+        """The pieces of an optimizer's state, by parameter and name."""
+        found: dict[str, dict[str, list[Stored]]] = {}
+        for pieces in self._by_key.values():
+            first = pieces[0]
+            if first.kind == "optimizer" and first.key.startswith(f"{item}.state."):
+                found.setdefault(first.parameter, {})[first.name] = pieces
         return found
+
+    def find(self, leaf: Leaf) -> list[Stored]:
+        """The pieces from which a tensor can be restored. Other groups of ranks may have another of the same name."""
+        return self.shared_with(leaf.group, self._by_key.get(leaf.key, []))
+
+    def shared_with(self, group: tuple[int, ...], pieces: list[Stored]) -> list[Stored]:
+        if group:
+            return [one for one in pieces if one.image_rank in group]
+        return [one for one in pieces if one.own] or pieces
+
+
+def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list[Range]:
+    """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor, where they do not cover it."""
+    if not pieces:
+        raise LayoutMismatch(f"the snapshot has no tensor {key!r}: was it made by another model?")
+    stored = sorted(pieces, key=lambda one: one.piece.start)
+    if stored[0].dtype != local.dtype or stored[0].piece.shape != box.shape:
+        raise LayoutMismatch(
+            f"tensor {key!r} is {stored[0].dtype} {stored[0].piece.shape} in the snapshot and "
+            f"{local.dtype} {box.shape} in this job"
+        )
+    found, covered, seen = [], 0, False
+    for one in stored:
+        if one.piece.same_box(box):
+            seen = True
+            if one.piece.start == covered:
+                found.append(Range(one.image_rank, one.offset, one.nbytes, local, one.piece.start, one.piece.stop))
+                covered = one.piece.stop
+    if covered != box.numel or not seen:
+        raise LayoutMismatch(
+            f"tensor {key!r}: the snapshot has {covered} of the {box.numel} elements of the part at {box.offsets} "
+            f"with sizes {box.sizes} that this rank needs: it was sharded differently"
+        )
+    return found
+
+
+@dataclass(slots=True)
+class Proposal:
+    """All that a restore will do to the tensors of the state, checked. Nothing has changed yet."""
+
+    ranges: list[Range] = field(default_factory=list)
+    states: list[tuple[Optimizer, Any, dict[Any, Any]]] = field(default_factory=list)  # key of its state, new contents
+
+    def install(self) -> None:
+        """Give the optimizers' states their new contents; the tensors in them are filled by the ranges."""
+        for optimizer, key, contents in self.states:
+            if contents:
+                state = optimizer.state[key]
+                state.clear()
+                state.update(contents)
+            else:
+                optimizer.state.pop(key, None)
 
 
 def plan_load(state: Mapping[str, object], catalog: Catalog, objects: Mapping[str, Any]) -> list[Range]:
-    """All ranges that restore the state's tensors. Raises LayoutMismatch; makes missing optimizer state, no more."""
+    """`propose` and `install` in one, for a world of one rank: others must agree in between."""
+    proposal = propose(state, catalog, objects)
+    proposal.install()
+    return proposal.ranges
+
+
+def propose(state: Mapping[str, object], catalog: Catalog, objects: Mapping[str, Any]) -> Proposal:
+    """All ranges that restore the state's tensors, and the optimizer state to make for them.
+
+    Overwrites nothing. Raises LayoutMismatch, on this rank only: all ranks have to agree before they go on.
+    """
     found = walk(state)
-    model = [leaf for leaf in found.leaves if leaf.kind != "optimizer"]
-    ranges = [span for leaf in model for span in catalog.ranges(leaf.key, leaf.local, leaf.box)]
+    proposal = Proposal()
     _check_names(found, catalog)
-    _make_optimizer_state(state, found, catalog, objects)
-    for leaf in walk(state).leaves:
-        if leaf.kind == "optimizer":
-            ranges += catalog.ranges(leaf.key, leaf.local, leaf.box)
-    return ranges
+    _check_objects(state, objects)
+    for leaf in found.leaves:
+        if leaf.kind != "optimizer":
+            proposal.ranges += _ranges_of_model(leaf, catalog)
+    for item, optimizer in state.items():
+        if isinstance(optimizer, Optimizer) and item in objects:
+            _propose_optimizer(proposal, item, optimizer, found, catalog, objects[item])
+    return proposal
 
 
 def run_load(ranges: Iterable[Range], views: Mapping[int, memoryview]) -> int:
@@ -95,29 +152,29 @@ def run_load(ranges: Iterable[Range], views: Mapping[int, memoryview]) -> int:
     addresses = {rank: _address(view) for rank, view in views.items()}
     moves: list[Move] = []
     total = 0
-    with torch.no_grad():
-        for span in ranges:
-            total += span.nbytes
-            if not span.nbytes:
-                continue
-            source = addresses[span.image_rank] + span.offset
-            if span.local.device.type == "cpu" and span.local.is_contiguous():
-                begin = span.local.data_ptr() + span.start * span.local.element_size()
-                moves += chunks(begin, source, span.nbytes)
-            else:
-                _copy_tensor(span, views[span.image_rank])
+    for span in ranges:
+        total += span.nbytes
+        if not span.nbytes:
+            continue
+        source = addresses[span.image_rank] + span.offset
+        if span.local.device.type == "cpu" and span.local.is_contiguous():
+            begin = span.local.data_ptr() + span.start * span.local.element_size()
+            moves += chunks(begin, source, span.nbytes)
+        else:
+            data = bytearray(views[span.image_rank][span.offset : span.offset + span.nbytes])
+            put(span, torch.frombuffer(data, dtype=torch.uint8))
     run_moves(batched(moves), cpu_threads())
     return total
 
 
-def _copy_tensor(span: Range, view: memoryview) -> None:
-    """To a device, or into a tensor that is not contiguous."""
-    data = bytearray(view[span.offset : span.offset + span.nbytes])
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(span.local.dtype)
-    if span.local.is_contiguous():
-        span.local.view(-1)[span.start : span.stop].copy_(flat)
-    else:
-        span.local.copy_(flat.view(span.local.shape))
+def put(span: Range, data: Tensor) -> None:
+    """Give a range its bytes, a uint8 tensor on the host; `local` may be on a device or not contiguous."""
+    with torch.no_grad():
+        local, values = span.local, data.view(span.local.dtype)
+        if local.is_contiguous():
+            local.view(-1)[span.start : span.stop].copy_(values)
+        else:
+            local.copy_(values.view(local.shape))
 
 
 def _address(view: memoryview) -> int:
@@ -126,48 +183,105 @@ def _address(view: memoryview) -> int:
 
 
 def _check_names(found: Leaves, catalog: Catalog) -> None:
-    """Everything that was saved of the model must have its place; what is new in the job was found before."""
-    known = {leaf.key for leaf in found.leaves} | set(found.aliases)
-    lost = [key for key in catalog.keys() - known if not catalog.is_optimizer(key)]
-    if lost:
-        raise LayoutMismatch(f"the snapshot has tensor {min(lost)!r}, which this job's state does not have")
+    """Everything that was saved of the model must have its place; what is new in the job is found elsewhere."""
+    known = found.by_key()
+    for key in catalog.needed_keys():
+        if key in found.aliases:
+            raise LayoutMismatch(
+                f"tensor {key!r} is one with {found.aliases[key]!r} in this job (tied), but not in the snapshot"
+            )
+        if key not in known:
+            raise LayoutMismatch(f"the snapshot has tensor {key!r}, which this job's state does not have")
 
 
-def _make_optimizer_state(
-    state: Mapping[str, object], found: Leaves, catalog: Catalog, objects: Mapping[str, Any]
+def _check_objects(state: Mapping[str, object], objects: Mapping[str, Any]) -> None:
+    for item, value in state.items():
+        saved = objects.get(item, {"param_groups": []})
+        if isinstance(value, Optimizer) and not (isinstance(saved, dict) and "param_groups" in saved):
+            raise LayoutMismatch(f"state[{item!r}] is an optimizer, and was none when the snapshot was made")
+
+
+def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> list[Range]:
+    try:
+        ranges = ranges_of(leaf.key, leaf.local, leaf.box, catalog.find(leaf))
+    except LayoutMismatch as error:
+        if leaf.persistent:
+            raise
+        _log.warning("%s; it is a buffer that need not be in a state, and keeps its present value", error)
+        return []
+    if _overlaps(leaf.local):
+        # An expanded tensor: its elements may have values of their own now.
+        leaf.tensor.data = leaf.tensor.data.clone(memory_format=torch.contiguous_format)
+        ranges = ranges_of(leaf.key, leaf.tensor.detach(), leaf.box, catalog.find(leaf))
+    return ranges
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory with one another, so that they cannot be written each by itself."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _propose_optimizer(
+    proposal: Proposal, item: str, optimizer: Optimizer, found: Leaves, catalog: Catalog, values: Mapping[str, Any]
 ) -> None:
-    """Give each optimizer the state that the snapshot has: tensors made where they are missing or of another kind."""
-    parameters = {leaf.key: leaf for leaf in found.leaves}
-    for item, optimizer in state.items():
-        if not isinstance(optimizer, Optimizer):
-            continue
-        saved: dict[str, dict[str, Stored]] = {}
-        for stored in catalog.optimizer_states():
-            if stored.key.startswith(f"{item}.state.") and stored.parameter in parameters:
-                saved.setdefault(stored.parameter, {})[stored.name] = stored
-        values = objects.get(item, {}).get("state", {})
-        for key in {name for names in found.groups[item] for name in names}:
-            _fit(optimizer, parameters[key], saved.get(key, {}), values.get(key, {}))
+    """The state that the snapshot has for each parameter: live tensors where they fit, new ones where they do not."""
+    leaves, saved = found.by_key(), catalog.of_optimizer(item)
+    made, on_device = values.get("made", {}), values.get("on_device", {})
+    for key in {name for names in found.groups[item] for name in names}:
+        parameter = leaves[key]
+        live = optimizer.state.get(parameter.tensor, {})
+        contents: dict[Any, Any] = {}
+        for name, value in values["state"].get(key, {}).items():
+            contents[name] = _on_device(value, parameter.local.device) if name in on_device.get(key, ()) else value
+        for name, pieces in saved.get(key, {}).items():
+            usable = catalog.shared_with(() if pieces[0].own else parameter.group, pieces)
+            if usable:
+                contents[name] = tensor = _tensor_for(usable[0], parameter, live.get(name), made.get(key, {}).get(name))
+                proposal.ranges += _ranges_of_state(usable, tensor)
+        proposal.states.append((optimizer, parameter.tensor, contents))
+    for key, contents in values.get("others", {}).items():
+        proposal.states.append((optimizer, key, contents))
 
 
-def _fit(optimizer: Optimizer, parameter: Leaf, tensors: dict[str, Stored], values: dict[str, Any]) -> None:
-    if not tensors and not values:
-        optimizer.state.pop(parameter.tensor, None)
-        return
-    state = optimizer.state[parameter.tensor]
-    for name in set(state) - set(tensors) - set(values):
-        del state[name]
-    for name, stored in tensors.items():
-        live = state.get(name)
-        if not isinstance(live, Tensor) or live.dtype != stored.dtype or tuple(live.shape) != stored.piece.shape:
-            state[name] = _empty(stored, parameter)
-    state.update(values)
+def _ranges_of_state(pieces: list[Stored], tensor: Tensor) -> list[Range]:
+    if isinstance(tensor, DTensor):
+        return ranges_of(pieces[0].key, tensor._local_tensor.detach(), place_of(tensor).box, pieces)
+    return ranges_of(pieces[0].key, tensor.detach(), Piece.whole(tensor.shape), pieces)
 
 
-def _empty(stored: Stored, parameter: Leaf) -> Tensor:
-    """A tensor for saved optimizer state: sharded like its parameter if it was, on its device unless on the host."""
-    like = parameter.tensor
-    if stored.mesh and isinstance(like, DTensor) and stored.piece.shape == tuple(like.shape):
-        return torch.zeros_like(like, dtype=stored.dtype, memory_format=torch.contiguous_format)
+def _on_device(value: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+
+
+def _tensor_for(stored: Stored, parameter: Leaf, live: Any, made: dict[str, Any] | None) -> Tensor:
+    """A tensor for saved optimizer state: the live one if it fits, else one that is made as the saved one was."""
+    shape, like = stored.piece.shape, parameter.tensor
+    placements = _placements(stored, like, made)
+    if isinstance(live, Tensor) and live.dtype == stored.dtype and tuple(live.shape) == shape:
+        if not _overlaps(live) and (list(live.placements) if isinstance(live, DTensor) else None) == placements:
+            return live
+    if placements is not None and isinstance(like, DTensor):
+        if tuple(like.shape) == shape:
+            local: Any = torch.empty_like(like, dtype=stored.dtype)
+            if list(like.placements) == placements:
+                return local  # type: ignore[no-any-return]
+        return empty_dtensor(shape, dtype=stored.dtype, device_mesh=like.device_mesh, placements=placements)
     device = torch.device("cpu") if stored.host else parameter.local.device
-    return torch.empty(stored.piece.shape, dtype=stored.dtype, device=device)
+    if made is not None and "strides" in made:
+        return torch.empty_strided(shape, made["strides"], dtype=stored.dtype, device=device)
+    return torch.empty(shape, dtype=stored.dtype, device=device)
+
+
+def _placements(stored: Stored, like: Tensor, made: dict[str, Any] | None) -> list[Any] | None:
+    """How saved state is spread over its parameter's mesh; None for what is not."""
+    if not (stored.mesh and isinstance(like, DTensor)):
+        return None
+    if made is None or "placements" not in made:
+        return list(like.placements)
+    return [Replicate() if dim is None else Shard(dim) for dim in made["placements"]]

@@ -65,12 +65,21 @@ class Child:
         assert select.select([self.pidfd], [], [], timeout_s)[0], f"still running after {timeout_s:g} s:\n{self.log}"
 
     def until_told(self, word: str, timeout_s: float = _LONG_S) -> None:
-        """Return once it has said `word`."""
+        """Return once it has said a line that begins with `word`."""
         end = time.monotonic() + timeout_s
-        while word not in self.told:
+        while not any(line.startswith(word) for line in self.told):
             assert self.lives, f"it ended without saying {word!r}:\n{self.log}"
             assert time.monotonic() < end, f"not said within {timeout_s:g} s: {word!r}; told {self.told[-5:]}\n{self.log}"
             time.sleep(0.005)
+
+    def numbers(self, word: str) -> list[int]:
+        """The numbers that it has said after a word."""
+        return [int(line.split()[1]) for line in self.told if line.startswith(f"{word} ")]
+
+    def kill_after(self, seconds: float) -> None:
+        """Kill it at a moment that the test has drawn."""
+        select.select([self.pidfd], [], [], seconds)
+        self.kill()
 
     def outcome(self, timeout_s: float = _LONG_S) -> dict[str, Any]:
         """{"value": what it returned} or {"error": class, "message": text}; waits for its end."""

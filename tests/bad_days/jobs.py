@@ -26,8 +26,13 @@ def calm(steps: int, width: int, layers: int) -> str:
     return training.digest()
 
 
-def train(url: str, steps: int, width: int = 32, layers: int = 2, **policy: Any) -> dict[str, Any]:
-    """Restore if there is something, train up to `steps`, saving each; tells what becomes complete in memory."""
+def train(
+    url: str, steps: int, width: int = 32, layers: int = 2, await_level: str | None = None, **policy: Any
+) -> dict[str, Any]:
+    """Restore if there is something, train up to `steps`, saving each; tells what becomes complete in memory.
+
+    With `await_level` each step waits until its snapshot is complete there, and tells that too.
+    """
     training = Training(width, layers)
     checkpointer = Checkpointer(url, training.state, Policy(**policy))
     start = checkpointer.restore() or 0
@@ -40,6 +45,9 @@ def train(url: str, steps: int, width: int = 32, layers: int = 2, **policy: Any)
             lambda done, step=step: tell(f"complete {step}") if done.exception() is None else None
         )
         tell(f"saved {step}")
+        if await_level is not None:
+            handle.durable(await_level).result(60)
+            tell(f"{await_level} {step}")
     problems = checkpointer.close()
     return {"digest": training.digest(), "start": start, "problems": problems}
 

@@ -94,18 +94,28 @@ def test_a_torch_state_at_an_odd_address_is_restored() -> None:
 
 
 def test_capturing_does_not_start_a_device() -> None:
+    started = {"cuda": torch.cuda.is_initialized(), "xpu": torch.xpu.is_initialized()}
     state = capture_rng()
-    assert not torch.cuda.is_initialized()
-    assert "cuda" not in state
-    assert "xpu" not in state
+    assert {"cuda": torch.cuda.is_initialized(), "xpu": torch.xpu.is_initialized()} == started
+    assert {kind: kind in state for kind in started} == started
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_streams_of_a_device_go_on_from_where_they_were_captured() -> None:
+    torch.rand(3, device="cuda")
+    state = through_the_codec(capture_rng())
+    expected = torch.rand(3, device="cuda").tolist()
+    torch.cuda.manual_seed_all(9)
+    assert restore_rng(state) == []
+    assert torch.rand(3, device="cuda").tolist() == expected
 
 
 def test_states_of_devices_that_are_not_here_are_told_not_raised() -> None:
-    present = torch.cuda.device_count()
+    present, started = torch.cuda.device_count(), torch.cuda.is_initialized()
     states = [torch.zeros(16, dtype=torch.uint8)] * (present + 2)
     notes = restore_rng({**capture_rng(), "cuda": states})
     assert [f"cuda:{present + index}" in note for index, note in enumerate(notes)] == [True, True]
-    assert not torch.cuda.is_initialized()
+    assert torch.cuda.is_initialized() == started
 
 
 def test_a_generator_that_was_not_saved_is_told_and_the_others_restored() -> None:

@@ -389,6 +389,12 @@ def test_one_list_in_two_places_can_become_two() -> None:
     assert state == {"a": [1], "b": [2]}
 
 
+def test_a_deque_of_another_length_is_replaced_and_not_cut() -> None:
+    state = {"recent": collections.deque([1], maxlen=2)}
+    ObjectState("it", state).apply({"recent": collections.deque([1, 2, 3], maxlen=3)})
+    assert list(state["recent"]) == [1, 2, 3]
+
+
 def test_a_captured_mapping_does_not_change_with_it() -> None:
     progress: dict[str, Any] = {"history": [1], "w": torch.zeros(1)}
     captured: Any = ObjectState("progress", progress).capture()

@@ -1,12 +1,13 @@
 """What every store promises, as tests that each kind of store inherits.
 
-A test module makes a subclass of `StoreContract` whose fixture `store` gives an empty store. `StoreMachine` compares a store with
-MemoryStore, the model, over random sequences of operations; `machine_for` makes a test of it.
+A test module makes a subclass of `StoreContract` whose fixture `store` gives an empty store. `StoreMachine` compares
+a store with MemoryStore, the model, over random sequences of operations; `machine_for` makes a test of it.
 """
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Barrier
 from typing import Any
 
@@ -58,7 +59,7 @@ class StoreContract:
     def test_chunks_of_odd_sizes_are_joined_in_order(self, store: Store) -> None:
         data = secrets.token_bytes(self.big + 12345)
         bounds = [0, 1, 4096, 4097, 70_000, 3 << 20, (3 << 20) + 8192, len(data)]
-        store.write("step_00000001/a", (memoryview(data)[a:b] for a, b in zip(bounds, bounds[1:], strict=False)))
+        store.write("step_00000001/a", (memoryview(data)[a:b] for a, b in pairwise(bounds)))
         assert get(store, "step_00000001/a") == data
 
     def test_a_write_replaces_what_was_there_whether_longer_or_shorter(self, store: Store) -> None:
@@ -250,4 +251,4 @@ def machine_for(make: Callable[[], Store], *, examples: int, steps: int) -> None
     limits = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    run_state_machine_as_test(machine, settings=limits)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(machine, settings=limits)

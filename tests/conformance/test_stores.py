@@ -1,4 +1,4 @@
-"""Every store of the library against the contract: in memory, in a folder of a disk, of tmpfs and of ramfs, behind fsspec, and on S3."""
+"""Every store of the library against the contract: in memory, in folders of three kinds, behind fsspec, and on S3."""
 
 import itertools
 import secrets
@@ -95,7 +95,9 @@ def test_file_store_does_what_the_model_does(disk: Path) -> None:
 
 def test_remote_store_on_an_object_store_does_what_the_model_does() -> None:
     machine_for(
-        lambda: RemoteStore(f"memory://{secrets.token_hex(6)}/run", part_bytes=2000, timeout_s=20), examples=15, steps=15
+        lambda: RemoteStore(f"memory://{secrets.token_hex(6)}/run", part_bytes=2000, timeout_s=20),
+        examples=15,
+        steps=15,
     )
 
 

@@ -1,6 +1,6 @@
 """One commit of a FileStore, for the tests that kill it or let it fail on the way; run as a program.
 
-    python commit_child.py ROOT NAME BYTES [exclusive]     prints "done", or the name and number of the error
+python commit_child.py ROOT NAME BYTES [exclusive]     prints "done", or the name and number of the error
 """
 
 import mmap

@@ -249,7 +249,7 @@ def test_a_protected_job_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None
 
 def a_run(life: int = 0, killed_at: float | None = None, level: str | None = None, weights: str = "w") -> demo.Run:
     restore = {"step": 2, "levels": {"0": "memory", "1": level}, "seconds": 0.1, "bytes": 1, "reason": ""}
-    result = {"weights": weights, "optimizer": "o", "ranks_agree": True, "life": life, "fence_s": []}
+    result = {"weights": weights, "optimizer": "o", "ranks_agree": True, "life": life, "fence_s": [], "step_s": [0.5]}
     steps = [a_step(1), a_step(2), a_step(3), *([a_step(3, life=1), a_step(4, life=1)] if life else [a_step(4)])]
     return demo.Run(result=result | {"restore": restore if level else None}, steps=steps, killed_at=killed_at)
 

@@ -1,7 +1,11 @@
 """The headline: the demo as a newcomer runs it, with fewer steps."""
 
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +13,51 @@ import pytest
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 
 
+def start_demo(temporary: str, *arguments: str) -> "subprocess.Popen[str]":
+    # Not pytest's folder: its name is longer than a Unix socket's may be.
+    return subprocess.Popen(
+        [sys.executable, str(DEMO), *arguments],
+        env=os.environ | {"TMPDIR": temporary},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def processes_naming(folder: str) -> list[str]:
+    named = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it ended meanwhile
+            continue
+        if folder in command:
+            named.append(command)
+    return named
+
+
 @pytest.mark.timeout(400)
 def test_a_job_killed_in_mid_step_comes_back_from_memory_and_ends_with_the_same_bits() -> None:
-    command = [sys.executable, str(DEMO), "--steps", "12", "--timeout-s", "180"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=390)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ended with the same bits" in done.stdout
+    with tempfile.TemporaryDirectory() as temporary:
+        output, _ = start_demo(temporary, "--steps", "12", "--timeout-s", "180").communicate(timeout=390)
+        assert "ended with the same bits" in output, output
+        assert "rank 0 memory, rank 1 memory" in output
+        assert os.listdir(temporary) == []
+        assert processes_naming(temporary) == []
+
+
+@pytest.mark.timeout(400)
+def test_an_interrupted_demo_leaves_no_process_and_no_folder() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        demo = start_demo(temporary, "--steps", "12", "--die-at-step", "1000", "--timeout-s", "180")
+        deadline = time.monotonic() + 180
+        while not any(Path(temporary).glob("*/killed/result.json.steps")):
+            assert time.monotonic() < deadline, "the second run made no step"
+            with pytest.raises(subprocess.TimeoutExpired):
+                demo.wait(0.1)
+        assert any("resilient.checkpoint.agent" in command for command in processes_naming(temporary))
+        demo.send_signal(signal.SIGINT)
+        output, _ = demo.communicate(timeout=60)
+        assert demo.returncode == 130, output
+        assert os.listdir(temporary) == []
+        assert processes_naming(temporary) == []

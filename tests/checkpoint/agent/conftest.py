@@ -1,7 +1,7 @@
 """Agents that run in a thread of the test, with stores and a clock of the test's choice."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import pytest
 from resilient.checkpoint.agent.address import address_of
 from resilient.checkpoint.agent.server import Agent
 from resilient.checkpoint.levels.store import Store
+from tests.checkpoint.agent.trainer import Trainer
 
 
 class Clock:
@@ -51,13 +52,17 @@ class Served:
         self.wait_ended()
 
 
+@pytest.fixture(autouse=True)
+def no_trainer_outlives_its_test() -> Iterator[None]:
+    yield
+    while Trainer.all:
+        trainer = Trainer.all.pop()
+        trainer.vanish()
+        trainer.client.close(keep=True)
+
+
 @pytest.fixture
 def served(runtime_dir: Path) -> Iterator[Served]:
     made = Served()
     yield made
     made.stop()
-
-
-@pytest.fixture
-def agent_in_thread(served: Served) -> Callable[..., Agent]:
-    return served.start

@@ -1,8 +1,7 @@
 """The agent as trainers meet it: buffers, images, levels, budgets and restarts, against an agent in this process."""
 
-import gc
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,6 @@ LOCAL_URL, DURABLE_URL = "memory://local", "memory://durable"
 SMALL = 1000
 
 Eventually = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def no_trainer_outlives_its_test() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture
@@ -375,10 +368,12 @@ class _GatedStore(MemoryStore):
     def __init__(self, gate: threading.Event, url: str) -> None:
         super().__init__(url)
         self.gate = gate
+        self.begun = 0
         self.fail: Exception | None = None
 
     def write(self, name: str, chunks: Iterable[memoryview], *, exclusive: bool = False) -> None:
         if name.endswith(".safetensors"):
+            self.begun += 1
             assert self.gate.wait(60)
             if self.fail is not None:
                 raise self.fail
@@ -457,7 +452,7 @@ def test_a_write_that_hangs_fails_after_its_timeout_frees_the_slot_and_publishes
     trainer = Trainer(url=DURABLE_URL, policy=Policy(write_timeout_s=30))
     trainer.plan(SMALL)
     trainer.save(1, levels=["durable"], size=SMALL)
-    trainer.wait_for("complete", 1, "memory")
+    eventually(lambda: durable.begun, "the write has begun")
     served.clock.now += 31
     assert "took more than 30 s" in trainer.wait_for("failed", 1, "durable")["error"]
     trainer.save(2, size=SMALL)
@@ -471,15 +466,17 @@ def test_a_write_that_hangs_fails_after_its_timeout_frees_the_slot_and_publishes
     assert [name for name in durable.list() if name.startswith("step_")] == []
 
 
-def test_writes_that_hang_do_not_pile_up_threads(served: Served) -> None:
+def test_writes_that_hang_do_not_pile_up_threads(served: Served, eventually: Eventually) -> None:
     gate = threading.Event()
-    served.stores[DURABLE_URL] = _GatedStore(gate, DURABLE_URL)
+    served.stores[DURABLE_URL] = store = _GatedStore(gate, DURABLE_URL)
     served.start(url=DURABLE_URL)
     trainer = Trainer(url=DURABLE_URL, policy=Policy(write_timeout_s=30))
     trainer.plan(SMALL)
     for step in range(1, 7):
         trainer.save(step, levels=["durable"], size=SMALL)
         trainer.wait_for("complete", step, "memory")
+        begun = min(step, 2)
+        eventually(lambda: store.begun == begun, "the write has begun")  # noqa: B023 - it is over within this round
         served.clock.now += 31
         trainer.wait_for("failed", step, "durable")
     assert sum(thread.name == "write-durable" for thread in threading.enumerate()) <= 3
@@ -659,3 +656,43 @@ def test_the_address_is_the_same_for_all_ranks_and_differs_by_run_url_and_node(r
     }
     assert len(addresses) == 4
     assert address_of("run", None, "a") == address_of("run", None, "a")
+
+
+def test_a_claim_that_another_job_took_stops_the_writes_until_rank_0_has_it_again(served: Served) -> None:
+    """The claim is beaten every ten seconds of real time, so its loss is brought about on the agent's own loop."""
+    served.stores[DURABLE_URL] = MemoryStore(DURABLE_URL)
+    agent = served.start(url=DURABLE_URL)
+    trainer = Trainer(url=DURABLE_URL)
+    trainer.plan(SMALL)
+    agent._loop.post(lambda: agent._node._on_claim_lost(UrlInUse("run 'other' took it over")))
+    trainer.client.status()
+    trainer.save(1, levels=["durable"], size=SMALL)
+    assert "run 'other' took it over" in trainer.wait_for("failed", 1, "durable")["error"]
+    trainer.vanish()
+    again = Trainer(url=DURABLE_URL)
+    again.plan(SMALL)
+    again.save(2, levels=["durable"], size=SMALL)
+    again.wait_for("complete", 2, "durable")
+
+
+def test_a_scratch_slot_that_no_plan_holds_is_given_back_when_it_is_released(served: Served) -> None:
+    served.start()
+    trainer = Trainer()
+    trainer.plan(SMALL, slots=1)
+    before = trainer.client.status()["bytes"]
+    slot = trainer.client.scratch(50_000, budget_bytes=100_000)
+    assert trainer.client.status()["bytes"] > before
+    trainer.client.release(slot)
+    assert trainer.client.status()["bytes"] == before
+
+
+def test_after_a_plan_was_refused_for_want_of_room_no_slot_of_the_old_one_is_given_out(served: Served) -> None:
+    served.start()
+    trainer = Trainer()
+    trainer.plan(100_000)
+    trainer.save(1, size=100_000)
+    trainer.wait_for("complete", 1)
+    with pytest.raises(OverBudget, match="older images that are still needed take"):
+        trainer.plan(150_000, slots=1, budget=200_000)
+    assert trainer.client.take_free_slot(0) is None
+    assert trainer.image(0, 1) == image_of(0, 1, 100_000)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from resilient.checkpoint.agent.client import AgentClient, Hello, Slot
 from resilient.errors import AgentLost
@@ -23,7 +23,9 @@ def image_of(rank: int, step: int, size: int = IMAGE_BYTES) -> bytes:
 
 
 class Trainer:
-    """One rank. Keep `policy` short of waiting: the tests do not sleep."""
+    """One rank. All of them are closed at the end of a test (`conftest.py`)."""
+
+    all: ClassVar[list["Trainer"]] = []
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Trainer:
             policy=policy or Policy(),
         )
         self.client = AgentClient.connect(hello, self._on_event, self._on_lost, timeout_s)
+        self.all.append(self)
 
     def _on_event(self, event: dict[str, Any]) -> None:
         with self._changed:

@@ -154,6 +154,54 @@ def test_a_taker_that_is_overtaken_between_writing_and_reading_back_gives_way(cl
     other.beat()
 
 
+def test_a_dead_claim_that_another_was_quicker_to_take_over_is_left_to_it(clock: FakeClock) -> None:
+    class Overtaken(MemoryStore):
+        """Just before the second look at the claim, another taker is done."""
+
+        looks = 0
+
+        def read(self, name: str, offset: int, into: memoryview) -> None:
+            if name == NAME:
+                self.looks += 1
+            if self.looks == 2:
+                other.take()
+            super().read(name, offset, into)
+
+    store = Overtaken()
+    first, other = Claim(store, "run-1", clock=clock), Claim(store, "run-2", clock=clock)
+    put(store, NAME, claim_of_a_dead_process(clock))
+    clock.during_sleep = other.beat
+    with pytest.raises(UrlInUse, match="run-2"):
+        first.take()
+    other.beat()
+
+
+def test_a_claim_whose_length_changes_while_it_is_read_is_read_again(clock: FakeClock) -> None:
+    class Changing(MemoryStore):
+        """The holder beats between the look at the length and the read, from 9 to 10 and back."""
+
+        def read(self, name: str, offset: int, into: memoryview) -> None:
+            if changes:
+                put(self, NAME, changes.pop())
+            super().read(name, offset, into)
+
+    store = Changing()
+    changes: list[bytes] = []
+    claim = Claim(store, "run-1", clock=clock)
+    claim.take()
+    short = get(store, NAME)
+    changes += [short, short.replace(b'"beat": 0', b'"beat": 10')]
+    claim.beat()
+    assert held(store)["beat"] == 1
+
+
+def claim_of_a_dead_process(clock: FakeClock) -> bytes:
+    store = MemoryStore()
+    Claim(store, "run-0", clock=clock).take()
+    make_foreign(store, started=1)
+    return get(store, NAME)
+
+
 def test_a_job_whose_claim_was_taken_over_learns_it_at_its_next_beat(store: Store, clock: FakeClock) -> None:
     first, second = Claim(store, "run-1", clock=clock), Claim(store, "run-2", clock=clock)
     first.take()

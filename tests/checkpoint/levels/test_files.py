@@ -76,7 +76,10 @@ def test_a_sweep_removes_what_is_left_over_and_nothing_else(store: FileStore, de
     me = this_process()
     put(store, NAME, b"1")
     folder = Path(store.root) / "step_00000001"
-    gone = [left_over(folder, me.host_tag, dead_pid, 1), left_over(folder / "deep", me.host_tag, me.pid, me.started - 1)]
+    gone = [
+        left_over(folder, me.host_tag, dead_pid, 1),
+        left_over(folder / "deep", me.host_tag, me.pid, me.started - 1),
+    ]
     stays = [
         left_over(folder, me.host_tag, me.pid, me.started),
         left_over(folder, "0123abcd", dead_pid, 1),

@@ -1,5 +1,7 @@
 """From what a user writes to a store, or to an error that helps."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,14 +48,36 @@ def test_a_url_that_cannot_work_is_refused(url: str) -> None:
         open_store(url)
 
 
-def test_a_missing_package_is_named_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr("fsspec.registry._registry", {})
-    with pytest.raises(PolicyError, match=r"pip install torch-resilient\[s3\]"):
-        open_store("s3://bucket/run")
+@pytest.mark.parametrize(
+    ("url", "package", "told"),
+    [("s3://bucket/run", "s3fs", "pip install torch-resilient[s3]"), ("gs://bucket/run", "gcsfs", "install gcsfs")],
+)
+def test_a_missing_package_is_named_with_what_brings_it(url: str, package: str, told: str) -> None:
+    # In a process of its own: fsspec keeps what it has imported.
+    code = f"""
+import sys
+sys.modules[{package!r}] = None
+from resilient.checkpoint.levels.open import open_store
+from resilient.errors import PolicyError
+try:
+    open_store({url!r})
+except PolicyError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert told in done.stdout, done.stderr
 
 
-def test_a_package_that_is_not_of_ours_is_named_as_fsspec_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(PolicyError, match="gcsfs"):
-        open_store("gs://bucket/run")
+def test_opening_a_folder_imports_neither_torch_nor_fsspec() -> None:
+    code = """
+import sys
+from resilient.checkpoint.levels.image_io import read_record
+from resilient.checkpoint.levels.open import open_store
+from resilient.checkpoint.levels.claim import Claim
+open_store("/nowhere")
+print([name for name in ("torch", "numpy", "fsspec", "s3fs") if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout == "[]\n", done.stderr

@@ -30,7 +30,8 @@ def calls(fs: Any, pauses: list[float] | None = None, **kwargs: Any) -> Calls:
 
 
 def test_errors_are_met_with_more_attempts_after_longer_and_longer_pauses() -> None:
-    fs, pauses = Scripted(OSError("a"), RuntimeError("b"), TimeoutError("c")), []
+    fs = Scripted(OSError("a"), RuntimeError("b"), TimeoutError("c"))
+    pauses: list[float] = []
     assert calls(fs, pauses).run("info", "x") == "about x"
     assert len(pauses) == 3
     assert all(0.1 * 2**number <= pause <= 0.2 * 2**number for number, pause in enumerate(pauses))

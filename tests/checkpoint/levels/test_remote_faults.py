@@ -1,4 +1,4 @@
-"""S3 behind a proxy that loses, delays, cuts and makes up answers: each write ends well or with LevelFailed, in bounded time."""
+"""S3 behind a proxy that loses, delays and cuts answers: each write ends well or with LevelFailed, in bounded time."""
 
 import random
 import secrets
@@ -68,9 +68,7 @@ def test_a_part_whose_connection_drops_is_sent_again_and_no_other(
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_every_request_may_be_refused_twice(
-    store: RemoteStore, plain: RemoteStore, proxy: Proxy, status: int
-) -> None:
+def test_every_request_may_be_refused_twice(store: RemoteStore, plain: RemoteStore, proxy: Proxy, status: int) -> None:
     proxy.choose = lambda request: Fault(answer=status) if request.number < 2 else None
     data = image()
     put(store, NAME, data)
@@ -123,9 +121,7 @@ def test_a_slow_server_is_waited_for(store: RemoteStore, plain: RemoteStore, pro
     assert all(request.number == 0 for request in proxy.seen if request.part)
 
 
-def test_a_completion_whose_answer_is_lost_counts_as_done(
-    store: RemoteStore, plain: RemoteStore, proxy: Proxy
-) -> None:
+def test_a_completion_whose_answer_is_lost_counts_as_done(store: RemoteStore, plain: RemoteStore, proxy: Proxy) -> None:
     proxy.choose = lambda request: Fault(lose_answer=True) if request.completes else None
     data = image()
     put(store, NAME, data)
@@ -150,8 +146,8 @@ def test_an_exclusive_write_whose_answer_is_lost_counts_as_ours(
 def test_a_read_that_is_cut_short_is_asked_for_again(store: RemoteStore, plain: RemoteStore, proxy: Proxy) -> None:
     data = image(4)
     put(plain, NAME, data)
-    proxy.choose = (
-        lambda request: Fault(cut_answer_after=70_000) if request.method == "GET" and request.number == 0 else None
+    proxy.choose = lambda request: (
+        Fault(cut_answer_after=70_000) if request.method == "GET" and request.number == 0 else None
     )
     assert get(store, NAME) == data
 
