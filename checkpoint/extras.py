@@ -1,18 +1,24 @@
 """All of the state that is not a tensor of a module or optimizer: hyperparameters, schedulers, loaders, RNG, objects.
 
 Captured at once, inside `save`, since it changes early; it is small. Encoded by `objects.py` into the image's tail.
+For each optimizer of the state: `param_groups` (names of parameters are in the record), `state` (what is not a plain
+tensor, by parameter and name), and where they are needed `made`, `others` (see `Leaves`) and `on_device` (whose tensors
+lay on the parameter's accelerator).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
-from resilient.checkpoint.leaves import Leaves
+from resilient.checkpoint.leaves import Leaf, Leaves, modules_of
 from resilient.checkpoint.objects import Encoded, encode
 from resilient.checkpoint.rng import capture_rng, restore_rng
-from resilient.checkpoint.stateful import ObjectState, unwrapped
+from resilient.checkpoint.stateful import ObjectState
+from resilient.errors import StateError
 
 _RNG = "resilient.rng"
 
@@ -35,14 +41,15 @@ class Extras:
             elif item in self._objects:
                 value[item] = self._objects[item].capture()
         encoded = encode(value, "state")
-        return Encoded(encoded.text, {key: tensor.detach().clone() for key, tensor in encoded.tensors.items()})
+        return Encoded(encoded.text, {path: _copied(path, tensor) for path, tensor in encoded.tensors.items()})
 
     def apply(self, value: Mapping[str, Any], found: Leaves, groups: Mapping[str, list[list[str]]]) -> list[str]:
         """Give everything its saved value, RNG last. Returns notes on what could not be restored.
 
         `groups`: for each saved optimizer the names of the parameters in each of its groups.
         """
-        notes: list[str] = []
+        gone = sorted(value.keys() - self._state.keys() - {_RNG})
+        notes = [f"the snapshot has {item!r}, which this job's state does not have: it is left alone" for item in gone]
         for item, held in self._state.items():
             if isinstance(held, Tensor):
                 continue
@@ -52,20 +59,46 @@ class Extras:
                 saved = list(zip(groups[item], value[item]["param_groups"], strict=True))
                 notes += _apply_groups(held, saved, found.groups[item], item)
             elif isinstance(held, nn.Module):
-                _apply_extra_states(held, value[item])
+                notes += _apply_extra_states(held, value[item], item)
             else:
                 self._objects[item].apply(value[item])
         return notes + list(restore_rng(value[_RNG]))
 
 
+def _copied(path: str, tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        raise StateError(
+            f"{path!r} cannot be saved: a DTensor inside an object; keep it as a buffer of a module, as a tensor "
+            "of the state by itself, or save its `full_tensor()`"
+        )
+    return tensor.detach().clone()
+
+
 def _optimizer_values(optimizer: Optimizer, found: Leaves, item: str) -> dict[str, Any]:
-    """Hyperparameters of each group, and state that is not a plain tensor. Names of parameters are in the plan."""
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     state = {
         leaf.key: {name: value for name, value in held.items() if not isinstance(value, Tensor)}
         for leaf, held in found.mixed[item]
     }
-    return {"param_groups": groups, "state": state}
+    values: dict[str, Any] = {"param_groups": groups, "state": state}
+    optional = {
+        "made": found.made[item],
+        "others": {key: optimizer.state[key] for key in found.others[item]},
+        "on_device": {leaf.key: names for leaf, held in found.mixed[item] if (names := _on_device(leaf, held))},
+    }
+    return values | {key: value for key, value in optional.items() if value}
+
+
+def _on_device(leaf: Leaf, held: Mapping[Any, Any]) -> list[Any]:
+    """The names of nested state whose tensors lie on the parameter's accelerator."""
+    if leaf.local.device.type == "cpu":
+        return []
+    nested = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+    return [
+        name
+        for name, value in nested.items()
+        if any(isinstance(one, Tensor) and one.device == leaf.local.device for one in tree_leaves(value))
+    ]
 
 
 def _apply_groups(
@@ -73,6 +106,7 @@ def _apply_groups(
 ) -> list[str]:
     """Match groups by the parameters in them, not by number: a script may build them in another order."""
     notes = []
+    written: set[int] = set()
     for number, (group, own) in enumerate(zip(optimizer.param_groups, names, strict=True)):
         same = [values for theirs, values in saved if set(theirs) & set(own)]
         if not same and not own and len(saved) == len(names):
@@ -81,23 +115,46 @@ def _apply_groups(
             notes.append(f"optimizer {item!r}: no saved group holds {own[:1]}; its hyperparameters stay")
             continue
         for key, value in same[0].items():
-            live = group.get(key)
-            if isinstance(live, Tensor) and isinstance(value, Tensor):
-                live.data.copy_(value)  # a compiled or captured step may hold this very tensor
-            else:
-                group[key] = value
+            group[key] = _given(group.get(key), value, written)
     return notes
 
 
+def _given(live: Any, value: Any, written: set[int]) -> Any:
+    """`value`, in the live tensor where that is possible: a compiled or captured step may hold this very tensor.
+
+    Groups may share one tensor; it can take the value of one of them, and that of others only if it is the same.
+    """
+    if not (isinstance(live, Tensor) and isinstance(value, Tensor)):
+        return value
+    value = value.to(live.device)
+    if (live.shape, live.dtype) != (value.shape, value.dtype):
+        return value
+    if id(live) in written:
+        return live if bool((live == value).all()) else value
+    written.add(id(live))
+    live.data.copy_(value)
+    return live
+
+
 def _extra_states(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: part.get_extra_state()
-        for name, part in unwrapped(module).named_modules()
-        if type(part).get_extra_state is not nn.Module.get_extra_state
-    }
+    return {name: part.get_extra_state() for name, part in _with_extra_state(module).items()}
 
 
-def _apply_extra_states(module: nn.Module, value: Mapping[str, Any]) -> None:
-    for name, part in unwrapped(module).named_modules():
+def _apply_extra_states(module: nn.Module, value: Mapping[str, Any], item: str) -> list[str]:
+    live = _with_extra_state(module)
+    for name, part in live.items():
         if name in value:
             part.set_extra_state(value[name])
+    lost = [f"{name!r} of {item!r} has extra state only in the snapshot" for name in value.keys() - live.keys()]
+    return lost + [f"{name!r} of {item!r} has no extra state in the snapshot" for name in live.keys() - value.keys()]
+
+
+def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have extra state, by name; one that is there twice under its first name."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, part, _ in modules_of(module):
+        if id(part) not in seen and type(part).get_extra_state is not nn.Module.get_extra_state:
+            found[name] = part
+        seen.add(id(part))
+    return found

@@ -72,6 +72,8 @@ class Pending:
         handle = self._handles.get(step)
         if handle is None:
             return
+        # Its frames hold the buffer that was being filled: whoever keeps the handle would keep the memory mapped.
+        error.__traceback__ = None
         for name in handle.levels if level == "memory" else (level,):
             self._settle(handle.durable(name), step, error)
         if level == "memory" and not isinstance(error, RankFailed):

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from resilient.checkpoint.dtypes import safetensors_dtype
@@ -167,14 +167,14 @@ def walk(state: Mapping[str, object]) -> Leaves:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """The DistributedDataParallel around a module, if any: its ranks, and the ids of parameters that it leaves alone."""
+    """The DistributedDataParallel around a module, if any: its ranks, and the ids of what it leaves alone."""
 
     ranks: tuple[int, ...] = ()
     ignored: frozenset[int] = frozenset()
 
 
 def modules_of(module: nn.Module, prefix: str = "", home: Home | None = None) -> Iterator[tuple[str, nn.Module, Home]]:
-    """All modules with the names they have without wrappers, and their homes. Depth first; a wrapper is not left out."""
+    """All modules, wrappers too, with the names that they have without wrappers, and their homes. Depth first."""
     home = home or Home()
     if isinstance(module, DistributedDataParallel):
         home = _home_of(module)
@@ -204,11 +204,11 @@ def _walk_module(found: Leaves, module: nn.Module, item: str) -> None:
             if tensor is not None:
                 ranks = home.ranks if id(tensor) not in home.ignored else ()
                 _add(found, f"{prefix}.{name}", "parameter", tensor, ranks)
-        for name, tensor in part._buffers.items():
-            if tensor is not None:
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
                 # Under DDP too each rank has its own: the ranks change them in forward, each with its own batch.
                 persistent = name not in part._non_persistent_buffers_set
-                _add(found, f"{prefix}.{name}", "buffer", tensor, persistent=persistent)
+                _add(found, f"{prefix}.{name}", "buffer", buffer, persistent=persistent)
 
 
 def _reshard(module: nn.Module) -> None:
@@ -269,11 +269,11 @@ def _add_optimizer_state(found: Leaves, key: str, tensor: Tensor, parameter: Lea
     Returns how to make it anew where that is not plain from its dtype and shape.
     """
     replicas = group = parameter.group
-    sharded, like = isinstance(tensor, DTensor), parameter.tensor
-    if isinstance(like, DTensor) and not sharded and tensor.dim():
+    like = parameter.tensor
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.dim():
         replicas = group = ()  # a counter is the same on all ranks of the mesh; this belongs to the shard beside it
     _append(found, key, "optimizer", tensor, replicas, group, parameter=parameter.key, name=name)
-    if not sharded:
+    if not isinstance(tensor, DTensor):
         return {} if tensor.is_contiguous() else {"strides": list(tensor.stride())}
     if isinstance(like, DTensor) and (tensor.placements, tensor.shape) == (like.placements, like.shape):
         return {}
@@ -383,7 +383,7 @@ def _refuse_what_cannot_be_saved(key: str, tensor: Tensor) -> None:
         safetensors_dtype(tensor.dtype)
     except StateError as error:
         raise StateError(f"tensor {key!r}: {error}") from error
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         problem = "is not initialised yet: run one forward pass before making the Checkpointer"
     elif tensor.is_meta:
         problem = "is on the meta device and has no bytes: materialise it first (to_empty)"

@@ -28,7 +28,7 @@ def whole_pages(size_bytes: int) -> int:
 
 
 def check_room(wanted_bytes: int, available_bytes: int) -> None:
-    """Raise OverBudget for memory that the system does not have: the kernel would give it now and kill somebody later."""
+    """Raise OverBudget for memory that the node does not have: the kernel gives it now and kills somebody later."""
     if wanted_bytes > available_bytes:
         raise OverBudget(
             f"{wanted_bytes} bytes of memory are wanted for images and this node has {available_bytes} left; "

@@ -264,13 +264,12 @@ def _tensor_for(stored: Stored, parameter: Leaf, live: Any, made: dict[str, Any]
     shape, like = stored.piece.shape, parameter.tensor
     placements = _placements(stored, like, made)
     if isinstance(live, Tensor) and live.dtype == stored.dtype and tuple(live.shape) == shape:
-        if not _overlaps(live) and (list(live.placements) if isinstance(live, DTensor) else None) == placements:
+        same = (list(live.placements) if isinstance(live, DTensor) else None) == placements
+        if same and not _overlaps(live):
             return live
     if placements is not None and isinstance(like, DTensor):
-        if tuple(like.shape) == shape:
-            local: Any = torch.empty_like(like, dtype=stored.dtype)
-            if list(like.placements) == placements:
-                return local  # type: ignore[no-any-return]
+        if (list(like.placements), tuple(like.shape)) == (placements, shape):
+            return torch.empty_like(like, dtype=stored.dtype, requires_grad=False)
         return empty_dtensor(shape, dtype=stored.dtype, device_mesh=like.device_mesh, placements=placements)
     device = torch.device("cpu") if stored.host else parameter.local.device
     if made is not None and "strides" in made:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from resilient.checkpoint.checkpointer import Checkpointer
 from resilient.policy import Policy
@@ -58,3 +59,27 @@ def join(rank: int, world_size: int, meeting: str) -> None:
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     torch.manual_seed(0)
+
+
+def replicas(
+    rank: int, world_size: int, meeting: str, url: str, steps: int, keep: bool = False, **policy: Any
+) -> dict[str, Any]:
+    """A DDP training on several ranks; the replicas share what they save."""
+    join(rank, world_size, meeting)
+    training = Training(width=64)
+    replicated = DistributedDataParallel(training.model)
+    checkpointer = Checkpointer(url, {"model": replicated, "optimizer": training.optimizer}, Policy(**policy))
+    start = checkpointer.restore() or 0
+    restored = checkpointer.last_restore
+    last = None
+    for step in range(start + 1, steps + 1):
+        training.step(replicated)
+        last = checkpointer.save(step)
+    if last is not None:
+        for level in last.levels:
+            last.durable(level).result(60)
+    digest = training.digest()
+    dist.barrier()
+    checkpointer.close(keep_memory=keep)
+    levels = [restored.levels[one] for one in range(world_size)] if restored else None
+    return {"digest": digest, "start": start, "levels": levels}

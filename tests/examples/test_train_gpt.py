@@ -250,7 +250,8 @@ def test_a_protected_job_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None
 def a_run(life: int = 0, killed_at: float | None = None, level: str | None = None, weights: str = "w") -> demo.Run:
     restore = {"step": 2, "levels": {"0": "memory", "1": level}, "seconds": 0.1, "bytes": 1, "reason": ""}
     result = {"weights": weights, "optimizer": "o", "ranks_agree": True, "life": life, "fence_s": [], "step_s": [0.5]}
-    steps = [a_step(1), a_step(2), a_step(3), *([a_step(3, life=1), a_step(4, life=1)] if life else [a_step(4)])]
+    first = [a_step(number) for number in range(1, 4)]
+    steps = first + [a_step(number, life) for number in range(3 if life else 4, 9)]
     return demo.Run(result=result | {"restore": restore if level else None}, steps=steps, killed_at=killed_at)
 
 
@@ -259,6 +260,12 @@ def test_the_demo_is_content_when_the_job_came_back_from_memory_with_the_same_bi
     assert demo.compare(a_run(), resumed, die_at=3) == []
     assert resumed.recovery_s() == 0.5
     assert demo.report(a_run(), resumed, die_at=3).row_count > 6
+
+
+def test_the_demo_gives_no_percentage_that_the_machine_could_have_made() -> None:
+    assert demo.difference([0.1, 0.2, 0.3], [0.2, 0.29, 0.4]) == "less than the machine varies"
+    assert demo.difference([0.1, 0.2, 0.3], [0.01, 0.02, 0.03]) == "less than the machine varies"
+    assert demo.difference([0.1, 0.2, 0.3], [0.3, 0.4, 0.5]) == "+100.0%"
 
 
 @pytest.mark.parametrize(

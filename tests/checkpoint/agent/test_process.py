@@ -51,6 +51,8 @@ def agents(runtime_dir: Path, eventually: Eventually) -> Iterator[Callable[[], l
         return found
 
     yield numbers
+    for log in runtime_dir.glob("*/*/agent.log"):
+        print(log.read_text())  # shown if the test failed
     for pid in numbers():
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: not numbers(), "no agent is left")
