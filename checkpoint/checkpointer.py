@@ -105,7 +105,7 @@ class Checkpointer:
         handle = SaveHandle(step, due)
         if not due:
             return handle
-        self.fence()
+        self._capture.fence()
         plan = self._present_plan()
         self._pending.add(handle)
         self._capture.submit(self._job(step, due, plan))

@@ -107,10 +107,11 @@ def _apply_groups(
     """Match groups by the parameters in them, not by number: a script may build them in another order."""
     notes = []
     written: set[int] = set()
-    for number, (group, own) in enumerate(zip(optimizer.param_groups, names, strict=True)):
-        same = [values for theirs, values in saved if set(theirs) & set(own)]
-        if not same and not own and len(saved) == len(names):
-            same = [saved[number][1]]  # an empty group has only its number
+    empty = [values for theirs, values in saved if not theirs]  # these have only their order
+    for group, own in zip(optimizer.param_groups, names, strict=True):
+        same = [values for theirs, values in saved if set(theirs) & set(own)] if own else empty[:1]
+        if not own:
+            del empty[:1]
         if not same:
             notes.append(f"optimizer {item!r}: no saved group holds {own[:1]}; its hyperparameters stay")
             continue

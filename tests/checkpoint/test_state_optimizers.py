@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from tests.checkpoint.jobs import Job, assert_restores
+from tests.checkpoint.jobs import Job, assert_restores, checkpointing
 
 pytestmark = pytest.mark.usefixtures("runtime_dir")
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -119,7 +119,6 @@ def test_several_groups_of_a_named_optimizer_keep_their_own_hyperparameters(tmp_
             {"params": list(model.inner[0].named_parameters()), "lr": rate, "weight_decay": torch.rand(()).item()},
             {"params": list(model.inner[3].named_parameters()), "lr": rate, "betas": (0.8, torch.rand(()).item())},
             {"params": [("scale", model.scale)], "lr": 0.5},
-            {"params": []},
         ]
         optimizer = torch.optim.AdamW(groups)
         scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
@@ -141,15 +140,14 @@ def test_groups_find_each_other_by_their_parameters(tmp_path: Path) -> None:
         groups = [
             {"params": model.inner[0].parameters(), "lr": 0.1 + order},
             {"params": model.inner[3].parameters(), "lr": 0.2 + order},
+            {"params": [], "lr": 0.3 + order},
         ]
         optimizer = torch.optim.SGD(groups[::order])
         return Job({"model": model, "optimizer": optimizer}, lambda: None)
-
-    from tests.checkpoint.jobs import checkpointing
 
     with checkpointing(tmp_path, make(1)) as checkpointer:
         checkpointer.save(1).durable("durable").result(30)
     job = make(-1)
     with checkpointing(tmp_path, job) as checkpointer:
         checkpointer.restore()
-    assert [group["lr"] for group in job.state["optimizer"].param_groups] == [1.2, 1.1]
+    assert [group["lr"] for group in job.state["optimizer"].param_groups] == [1.3, 1.2, 1.1]
