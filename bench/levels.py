@@ -21,7 +21,7 @@ WRITE, MEMORY, LOCAL = "local write", "restore from memory", "restore from local
 CHUNK_BYTES = 16 << 20
 
 
-def write(*, folder: str, method: str, size_bytes: int, times: int) -> dict[str, float]:
+def write(*, folder: str, size_bytes: int, times: int) -> dict[str, float]:
     """Median seconds of a FileStore's write from shared memory, and of the limit, in turns. In a process of its own."""
     from bench.limits import DEPTHS, filled_buffer, raw_write
     from resilient.checkpoint.levels.files import FileStore
@@ -43,7 +43,7 @@ def write(*, folder: str, method: str, size_bytes: int, times: int) -> dict[str,
     return {"seconds": median(ours), "limit": min(median(found) for found in limits.values())}
 
 
-def restore(*, folder: str, method: str, shape: str, times: int) -> dict[str, dict[str, float]]:
+def restore(*, folder: str, shape: str, times: int) -> dict[str, dict[str, float]]:
     """Median seconds of restores from memory and from the local disk, and of their limits. In a process of its own."""
     import resilient
     from bench.limits import DEPTHS, copy_flat, filled_buffer, raw_read, raw_write
@@ -123,9 +123,9 @@ def run(settings: Settings) -> list[Report]:
     for number in range(settings.rounds):
         rounds.begin()
         settings.say(f"levels, round {number + 1} of {settings.rounds}")
-        arguments: dict[str, Any] = {"method": WRITE, "size_bytes": size_bytes, "times": times}
+        arguments: dict[str, Any] = {"size_bytes": size_bytes, "times": times}
         written = launch(settings.place, "bench.levels:write", arguments)
-        arguments = {"method": "restore", "shape": shape, "times": times}
+        arguments = {"shape": shape, "times": times}
         read = launch(settings.place, "bench.levels:restore", arguments)
         for method, found, part in ((WRITE, written, None), (MEMORY, read, "memory"), (LOCAL, read, "local")):
             if isinstance(found, Failure):

@@ -6,6 +6,7 @@ or hangs becomes a `Failure` with its reason, which the report shows; the others
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,14 +60,15 @@ def launch(
 ) -> dict[str, Any] | Failure:
     """Call `module:function` with `arguments` and a fresh `folder` in new processes; blocks until they have ended.
 
-    The function's result (JSON values) as rank 0 returned it. The folder's content is deleted afterwards.
+    The function's result (JSON values) as rank 0 returned it. The folder's content is deleted afterwards. The output of
+    a measurement that fails stays in the logs.
     """
     folder = place.fresh()
     result = folder.with_name(folder.name + ".result.json")
     result.unlink(missing_ok=True)
     command = [str(WORKER), target, json.dumps({**arguments, "folder": str(folder)}), str(result)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    log = place.logs / f"{target.partition(':')[0].rpartition('.')[2]}-{_slug(arguments.get('method', 'limits'))}.log"
+    log = place.logs / f"{_slug(' '.join([target, arguments.get('method', '')]))}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         reason = _run([sys.executable, *torchrun, *command], _environment(threads), log, timeout_s)
@@ -87,6 +89,7 @@ def _environment(threads: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)]),
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # spinning threads make a step 10 times as long when anything else wants a core
         "MASTER_ADDR": "127.0.0.1",
     }
 
@@ -120,4 +123,4 @@ def _last_error(log: Path) -> str:
 
 
 def _slug(text: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in text)
+    return re.sub(r"[^a-z0-9_]+", "-", text.removeprefix("bench.")).strip("-")

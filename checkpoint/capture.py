@@ -205,11 +205,11 @@ class Capture:
 
     def _fail(self, job: Job, buffer: Buffer | None, error: ResilientError) -> None:
         job.copied.set()
+        self._on_failed(job.step, error)  # first, or the agent's echo of it might settle the handle with less
         try:
             self._buffers.abort(buffer, job.step, str(error))
         except AgentLost:
             _log.debug("step %d failed while the agent was gone", job.step)
-        self._on_failed(job.step, error)
 
 
 def _torn_message(step: int, names: list[str]) -> str:

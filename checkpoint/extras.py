@@ -62,6 +62,9 @@ class Extras:
                 notes += _apply_extra_states(held, value[item], item)
             else:
                 self._objects[item].apply(value[item])
+                # A StatefulDataLoader makes its iterator when it is next asked for anything, and draws a random number
+                # for it: now, since the run that was saved drew it long ago.
+                self._objects[item].capture()
         return notes + list(restore_rng(value[_RNG]))
 
 

@@ -3,13 +3,14 @@
 Names are the parameters' fully qualified names below the name of the item: `model.layers.0.weight`,
 `optimizer.state.model.layers.0.weight.exp_avg`. Wrappers (DDP, torch.compile, activation checkpointing) leave no
 trace in them. The walk also returns what has to be looked at to know that the structure is still the same
-(`Watch`), so that a save need not walk again. What is not a tensor is `extras.py`'s.
+(`watch.py`), so that a save need not walk again. What is not a tensor is `extras.py`'s.
 """
 
+import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from resilient.checkpoint.dtypes import safetensors_dtype
 from resilient.checkpoint.pieces import Piece
+from resilient.checkpoint.watch import Watch
 from resilient.errors import StateError
 
 Kind = Literal["parameter", "buffer", "optimizer", "tensor"]
@@ -58,48 +60,6 @@ class Leaf:
         return not self.group
 
 
-class Watch:
-    """Looks at a structure that was walked before and tells whether it is still the same, in well under 0.1 us a value.
-
-    Compares identities: list equality tries identity first, and what is not identical is treated as changed when the
-    comparison itself fails (tensors of several elements). A one-element tensor replaced by an equal one counts as the
-    same, and may: the value that would be saved is the same.
-    """
-
-    def __init__(self) -> None:
-        self._views: list[Iterable[object]] = []
-        self._seen: list[object] = []
-
-    def add(self, container: dict[Any, Any] | list[Any]) -> None:
-        """Watch the values of a dictionary, or the items of a list, for replacement and change of number."""
-        self._views.append(container.values() if isinstance(container, dict) else container)
-
-    def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any], types: Sequence[Any] = ()) -> None:
-        """Watch only some values of a mapping, and of others, which change at every step, only the type."""
-        self._views.append(_Keys(container, tuple(keys), tuple(types)))
-
-    def freeze(self) -> None:
-        self._seen = list(chain.from_iterable(self._views))
-
-    def unchanged(self) -> bool:
-        try:
-            return list(chain.from_iterable(self._views)) == self._seen
-        except (RuntimeError, KeyError, TypeError):
-            return False  # tensors of several elements have no truth value: something was replaced
-
-
-@dataclass(frozen=True, slots=True)
-class _Keys:
-    container: Mapping[Any, object]
-    keys: tuple[Any, ...]
-    types: tuple[Any, ...]
-
-    def __iter__(self) -> Iterator[object]:
-        yield len(self.container)
-        yield from map(self.container.__getitem__, self.keys)
-        yield from map(type, map(self.container.__getitem__, self.types))
-
-
 @dataclass(slots=True)
 class Leaves:
     """All that a walk finds. `aliases` maps a second name of a tied tensor to its first. By optimizer:
@@ -119,6 +79,7 @@ class Leaves:
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_key: dict[str, Leaf] = field(default_factory=dict)
     _places: dict[Any, "Place"] = field(default_factory=dict)
+    _wholes: dict[torch.Size, Piece] = field(default_factory=dict)
 
     def by_key(self) -> Mapping[str, Leaf]:
         return self._by_key
@@ -133,6 +94,13 @@ class Leaves:
             raise StateError(f"two tensors would be called {leaf.key!r}: give one of the items another name")
         self.leaves.append(leaf)
         return leaf
+
+    def whole(self, shape: torch.Size) -> Piece:
+        """The piece that is all of a tensor; one object for all of a shape."""
+        known = self._wholes.get(shape)
+        if known is None:
+            known = self._wholes[shape] = Piece.whole(shape)
+        return known
 
     def place(self, tensor: DTensor) -> "Place":
         """As `place_of`, which is slow, remembered by what it depends on."""
@@ -150,6 +118,24 @@ def walk(state: Mapping[str, object]) -> Leaves:
     Raises StateError, naming it, for what cannot be saved and for a parameter that an optimizer holds but nothing else
     in the state.
     """
+    with no_collection():
+        return _walk(state)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection meanwhile: for making many objects, all to stay, which the collector would look at again
+    and again together with all others of the program, for more time than it takes to make them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _walk(state: Mapping[str, object]) -> Leaves:
     found = Leaves()
     for item, value in state.items():
         if item.startswith(_RESERVED):
@@ -315,13 +301,13 @@ def _append(
         place = found.place(tensor)
         box, replicas, group, local = place.box, place.replicas, place.group, tensor._local_tensor
     else:
-        box, local = Piece.whole(tensor.shape), tensor
+        box, local = found.whole(tensor.shape), tensor
     return found.add(
         Leaf(
             key=key,
             kind=kind,
             tensor=tensor,
-            local=local.detach(),
+            local=local,
             box=box,
             replicas=replicas,
             group=group,
@@ -378,11 +364,11 @@ def _refuse_optimizer(optimizer: Optimizer, item: str) -> None:
 
 
 def _refuse_what_cannot_be_saved(key: str, tensor: Tensor) -> None:
-    problem = ""
     try:
         safetensors_dtype(tensor.dtype)
     except StateError as error:
         raise StateError(f"tensor {key!r}: {error}") from error
+    problem = ""
     if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         problem = "is not initialised yet: run one forward pass before making the Checkpointer"
     elif tensor.is_meta:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-_CUT_BYTES = 1 << 20  # a tensor is cut between replicas only where both parts are at least this large
+_CUT_BYTES = 64 << 10  # a tensor is cut between replicas only where both parts are at least this large
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def share(tensors: Sequence[Replicated], replicas: int) -> list[list[tuple[int, 
 
     All tensors are laid end to end and cut into equal parts, so every replica finds the same answer without a
     message, and at most `replicas - 1` tensors are cut. A tensor that may not be cut, or would leave a part below
-    1 MiB, goes whole to the replica in whose part its middle lies. Ranges may be empty; together they are the tensor.
+    64 KiB, goes whole to the replica in whose part its middle lies. Ranges may be empty; together they are the tensor.
     """
     total = sum(tensor.numel * tensor.itemsize for tensor in tensors)
     bounds = [total * index // replicas for index in range(replicas + 1)]

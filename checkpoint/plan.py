@@ -21,7 +21,7 @@ from resilient.checkpoint.digest import digest
 from resilient.checkpoint.dtypes import dtype_name, safetensors_dtype
 from resilient.checkpoint.fingerprint import Fingerprints, Sampled
 from resilient.checkpoint.image import PADDING_KEY, Entry, entries_text, up_to_page
-from resilient.checkpoint.leaves import Leaf, Leaves
+from resilient.checkpoint.leaves import Leaf, Leaves, no_collection
 from resilient.checkpoint.pieces import Piece, Replicated, share
 
 _EARLY_BYTES = 1 << 20
@@ -33,7 +33,10 @@ _text = json.JSONEncoder(separators=(",", ":")).encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """One piece of this rank's image. `early`: copied inside `save`, because it changes before the fence."""
+    """One piece of this rank's image.
+
+    `early`: copied inside `save`, because it changes before the fence, or has to be made contiguous on its device.
+    """
 
     leaf: Leaf
     piece: Piece
@@ -53,7 +56,7 @@ class Plan:
     """Where each piece of a rank goes in its image. Used by the training thread and by one capture thread.
 
     `data_bytes` are those of the planned tensors; the objects' bytes follow them. `sources` are aliases of the
-    tensors: they keep the memory alive that `moves` and `fingerprints` address.
+    tensors, in the order of `planned`: they keep the memory alive that `moves` and `fingerprints` address.
     """
 
     def __init__(self, planned: Sequence[Planned], data_bytes: int, pieces_text: str) -> None:
@@ -76,10 +79,6 @@ class Plan:
     @property
     def tensors(self) -> int:
         return len(self.planned)
-
-    @property
-    def on_host(self) -> bool:
-        return all(source.device.type == "cpu" for source in self.sources.values())
 
     def copy_early(self) -> None:
         """Copy at once what changes early. Called by `save`, on the training thread."""
@@ -113,7 +112,8 @@ class Plan:
         """The copies of host tensors to an image whose data begins there, in its order, and where each one ends."""
         cached = self._moves.get(data_address)
         if cached is None:
-            single = [move for one in self.planned for move in self._moves_of(one, data_address)]
+            rows = zip(self.planned, self.sources, strict=True)
+            single = [move for one, source in rows for move in _moves_of(one, source, data_address)]
             work = batched(single)
             cached = work, [_end(unit) - data_address for unit in work]
             if len(self._moves) >= _CACHED_MOVES:
@@ -122,49 +122,47 @@ class Plan:
         return cached
 
     def _relocate(self) -> None:
-        self.sources = {one.entry.key: _local(one.leaf).detach() for one in self._lazy}
-        self.sources.update((one.entry.key, copy) for one, copy in zip(self._early, self._staging, strict=True))
-        self._addresses = [self.sources[one.entry.key].data_ptr() for one in self._lazy]
+        staging = iter(self._staging)
+        self.sources = [next(staging) if one.early else _local(one.leaf).detach() for one in self.planned]
         self._moves: dict[int, tuple[list[Move | Batch], list[int]]] = {}
-        self._sampled = [one for one in self._lazy if self.sources[one.entry.key].device.type == "cpu"]
+        lazy = [(one, source) for one, source in zip(self.planned, self.sources, strict=True) if not one.early]
+        self._addresses = [source.data_ptr() for _, source in lazy]
+        host = [(one, source) for one, source in lazy if source.is_cpu]
+        self._sampled = [one for one, _ in host]
         self.fingerprints = Fingerprints(
-            [
-                Sampled(self.sources[one.entry.key], one.piece.start, one.piece.stop, one.entry.offset)
-                for one in self._sampled
-            ]
+            [Sampled(source, one.piece.start, one.piece.stop, one.entry.offset) for one, source in host]
         )
-
         self.devices = self._device_copies()
 
     def _device_copies(self) -> list[DeviceCopies]:
         by_device: dict[torch.device, list[tuple[Tensor, int, str]]] = {}
-        for one in self.planned:
-            source = self.sources[one.entry.key]
-            if source.device.type != "cpu" and one.piece.numel:
-                flat = source.reshape(-1)[one.piece.start : one.piece.stop]
+        for one, source in zip(self.planned, self.sources, strict=True):
+            if not source.is_cpu and one.piece.numel:
+                flat = source.view(-1)[one.piece.start : one.piece.stop]
                 by_device.setdefault(source.device, []).append((flat, one.entry.offset, one.leaf.key))
         return [
             DeviceCopies(device, [row[:2] for row in rows], [row[2] for row in rows])
             for device, rows in by_device.items()
         ]
 
-    def _moves_of(self, one: Planned, data_address: int) -> list[Move]:
-        source, target = self.sources[one.entry.key], data_address + one.entry.offset
-        if source.device.type != "cpu" or not one.entry.nbytes:
-            return []
-        if not source.is_contiguous():
-            return [Move(target, source.data_ptr(), one.entry.nbytes, source)]
-        return chunks(target, source.data_ptr() + one.piece.start * source.element_size(), one.entry.nbytes)
-
 
 def make_plan(found: Leaves, rank: int, early_keys: frozenset[str] = frozenset()) -> Plan:
     """Lay out what `rank` saves of the state. Pure but for the staging tensors. `early_keys`: also copied at once."""
+    with no_collection():
+        return _make_plan(found, rank, early_keys)
+
+
+def _make_plan(found: Leaves, rank: int, early_keys: frozenset[str]) -> Plan:
     mine = [(leaf, piece) for leaf, piece in _shares(found.leaves, rank) if piece.numel or leaf.box.numel == 0]
     mine.sort(key=lambda pair: -pair[0].local.element_size())
     planned, offset = [], 0
     for leaf, piece in mine:
         entry = _entry(leaf, piece, offset)
-        early = leaf.key in early_keys or (leaf.kind == "buffer" and entry.nbytes <= _EARLY_BYTES)
+        early = (
+            leaf.key in early_keys
+            or (leaf.kind == "buffer" and entry.nbytes <= _EARLY_BYTES)
+            or not (leaf.local.is_cpu or leaf.local.is_contiguous())
+        )
         planned.append(Planned(leaf=leaf, piece=piece, entry=entry, early=early))
         offset += entry.nbytes
     pieces = [_described(one) for one in planned]
@@ -218,7 +216,7 @@ def _described(one: Planned) -> str:
         f'{{"key":{json.dumps(leaf.key)},"kind":"{kind}","dtype":"{dtype_name(leaf.local.dtype)}",'
         f'"shape":{_list(piece.shape)},"offsets":{_list(piece.offsets)},"sizes":{_list(piece.sizes)},'
         f'"start":{piece.start},"stop":{piece.stop},"offset":{one.entry.offset},"nbytes":{one.entry.nbytes},'
-        f'"own":{_TRUTH[leaf.own]},"host":{_TRUTH[leaf.local.device.type == "cpu"]}'
+        f'"own":{_TRUTH[leaf.own]},"host":{_TRUTH[leaf.local.is_cpu]}'
     )
     if leaf.kind == "optimizer":
         mesh = _TRUTH[isinstance(leaf.tensor, DTensor)]
@@ -228,6 +226,15 @@ def _described(one: Planned) -> str:
 
 def _list(numbers: Sequence[int]) -> str:
     return f"[{','.join(map(str, numbers))}]"
+
+
+def _moves_of(one: Planned, source: Tensor, data_address: int) -> list[Move]:
+    target = data_address + one.entry.offset
+    if not source.is_cpu or not one.entry.nbytes:
+        return []
+    if not source.is_contiguous():
+        return [Move(target, source.data_ptr(), one.entry.nbytes, source)]
+    return chunks(target, source.data_ptr() + one.piece.start * source.element_size(), one.entry.nbytes)
 
 
 def _local(leaf: Leaf) -> Tensor:

@@ -39,9 +39,10 @@ class Slot:
 class MappedImage:
     """A sealed image, readable until `close` or the end of its `with` block. Verify what you read (`record.blocks`)."""
 
-    def __init__(self, record: Record, fd: int, on_closed: Callable[[], None]) -> None:
+    def __init__(self, record: Record, slot_id: int, fd: int, on_closed: Callable[[], None]) -> None:
         """Takes the descriptor over. `on_closed` is called once, when the memory is not read any more."""
         self.record = record
+        self.slot_id = slot_id
         self._on_closed = on_closed
         self._closed = False
         try:

@@ -196,14 +196,21 @@ class AgentClient:
         reply = self._connection.request("images")
         return [ImageInfo(**image) for image in reply["images"]]
 
-    def map_image(self, rank: int, step: int, world_size: int | None = None) -> MappedImage:
-        """A sealed image, to read. It is not recycled before it is closed. Raises LevelFailed if it is not there."""
+    def map_image(
+        self, rank: int, step: int, world_size: int | None = None, slot_id: int | None = None
+    ) -> MappedImage:
+        """A sealed image, to read; with `slot_id` the one in that slot, where there are several of the step.
+
+        It is not recycled before it is closed. Raises LevelFailed if it is not there.
+        """
         where = f"the record of rank {rank} at step {step} in memory"
 
         def take(reply: Message, fds: list[int]) -> MappedImage:
-            return MappedImage(parse_record(reply["record"], where), fds[0], lambda: self._unmap(reply["slot"]))
+            slot = reply["slot"]
+            return MappedImage(parse_record(reply["record"], where), slot, fds[0], lambda: self._unmap(slot))
 
-        image: MappedImage = self._connection.request("map", take=take, rank=rank, step=step, world_size=world_size)
+        wanted = {"rank": rank, "step": step, "world_size": world_size, "slot": slot_id}
+        image: MappedImage = self._connection.request("map", take=take, **wanted)
         return image
 
     def scratch(self, image_bytes: int, budget_bytes: int) -> Slot:
@@ -230,6 +237,10 @@ class AgentClient:
     def release(self, slot: Slot) -> None:
         """The image in a scratch slot is not needed any more. Blocks."""
         self._connection.request("release", slot=slot.id)
+
+    def restored(self, slot_id: int) -> None:
+        """The training goes on from the image in this slot: the rank's other images are not needed any more. Blocks."""
+        self._connection.request("restored", slot=slot_id)
 
     # --- the rest
 

@@ -123,9 +123,7 @@ class Connection:
                 self._waiting.pop(request_id, None)
 
     def hang_up(self) -> None:
-        """End the connection; on return the listening thread has ended. Safe to repeat. Nothing in a forked child."""
-        if not self.is_ours:
-            return
+        """End the connection; on return the listening thread has ended. Safe to repeat. Not for forked children."""
         self._hung_up = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)

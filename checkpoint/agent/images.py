@@ -220,9 +220,11 @@ class Images:
             )
         return {"images": listed}
 
-    def map(self, session: int, image_rank: int, step: int, world_size: int | None) -> tuple[Message, list[int]]:
+    def map(
+        self, session: int, image_rank: int, step: int, world_size: int | None, slot_id: int | None = None
+    ) -> tuple[Message, list[int]]:
         """Lend a sealed image; the descriptor is the caller's. Raises LevelFailed if it is not (or no more) there."""
-        slot = self.slots.find(image_rank, step, world_size)
+        slot = self.slots.find(image_rank, step, world_size, slot_id)
         if slot is None:
             raise LevelFailed(
                 f"the image of rank {image_rank} at step {step} is not in this node's memory; use another level"
@@ -254,6 +256,13 @@ class Images:
         self.slots.release(slot)
         if slot.state is SlotState.FREE:
             self._tell_free(slot)
+
+    def restored(self, rank: int, slot_id: int) -> None:
+        """The trainer goes on from one image. Its others are damaged, or of steps that it will do again."""
+        self.slots.owned(slot_id, rank, SlotState.SEALED)
+        for slot in self.slots.of(rank):
+            if slot.id != slot_id and slot.state is SlotState.SEALED:
+                slot.released = True
 
     def view(self, slot: Slot) -> memoryview:
         """The image of a sealed slot. Whoever keeps it has to pin the slot."""

@@ -5,6 +5,7 @@ Requests get a reply, the others none:
     hello     first of all; shows the token, says who it is      plan      buffers for images of a plan
     begin, filled, seal, abort   (no reply) one image            complete, failed   (no reply) what the leader heard
     images, map, unmap           reading sealed images           scratch, adopt, release   loading images
+    restored  the image that the rank goes on from; its others are not needed
     flush     wait for this rank's writes                        status    what the agent holds and uses
     bye       a clean end: with keep = false from all ranks of the node the agent may end too
 
@@ -80,6 +81,7 @@ class Node:
             "scratch": self._scratch,
             "adopt": self._adopt,
             "release": self._release,
+            "restored": self._restored,
             "flush": self._flush,
             "status": lambda _session, _message: (self._status(), []),
             "bye": self._bye,
@@ -155,8 +157,9 @@ class Node:
         self.writing.write(slot, record, levels)
 
     def settle(self) -> None:
-        """What may follow from any change: slots are free, flushes are over."""
+        """What may follow from any change: slots are free, flushes are over, the URL is not needed."""
         self.images.recycle()
+        self._give_url_back()
         for session, request_id in list(self._flushing):
             assert session.rank is not None
             if not self.images.sealing(session.rank) and not self.writing.pending(session.rank):
@@ -252,6 +255,13 @@ class Node:
         )
         self.claim.start()
 
+    def _give_url_back(self) -> None:
+        """Without trainers and with nothing to write, another job may have the URL; rank 0 claims it when it is back."""
+        if self.claim is None or not self._claimed or self.by_rank or self.is_busy or self.is_dismissed:
+            return
+        self._claimed, claim, self.claim = False, self.claim, None
+        claim.release(timeout_s=0)
+
     def _on_claim_lost(self, error: ResilientError) -> None:
         """Another job has the URL: write nothing more to it, until rank 0 comes back and gets it again."""
         log.error("the claim is lost: %s", error)
@@ -317,7 +327,8 @@ class Node:
 
     def _map(self, session: Session, message: Message) -> Answer:
         world_size = whole(message, "world_size") if message.get("world_size") is not None else None
-        return self.images.map(session.number, whole(message, "rank"), whole(message, "step"), world_size)
+        slot = whole(message, "slot") if message.get("slot") is not None else None
+        return self.images.map(session.number, whole(message, "rank"), whole(message, "step"), world_size, slot)
 
     def _unmap(self, session: Session, message: Message) -> Answer:
         self.images.unmap(session.number, whole(message, "slot"))
@@ -334,6 +345,10 @@ class Node:
 
     def _release(self, session: Session, message: Message) -> Answer:
         self.images.release(_rank(session), whole(message, "slot"))
+        return NOTHING
+
+    def _restored(self, session: Session, message: Message) -> Answer:
+        self.images.restored(_rank(session), whole(message, "slot"))
         return NOTHING
 
     # --- the rest

@@ -120,14 +120,15 @@ class Slots:
     def sealed_images(self) -> list[Slot]:
         return [slot for slot in self._held.values() if slot.state is SlotState.SEALED]
 
-    def find(self, image_rank: int, step: int, world_size: int | None) -> Slot | None:
+    def find(self, image_rank: int, step: int, world_size: int | None, slot_id: int | None = None) -> Slot | None:
         """The slot with a sealed image; of several attempts at the step a complete one, and of these the latest."""
 
         def fits(slot: Slot) -> bool:
             snapshot = slot.snapshot
             assert snapshot is not None
             world_fits = world_size is None or snapshot.world_size == world_size
-            return slot.image_rank == image_rank and snapshot.step == step and world_fits
+            fits_slot = slot_id is None or slot.id == slot_id
+            return slot.image_rank == image_rank and snapshot.step == step and world_fits and fits_slot
 
         def merit(slot: Slot) -> tuple[bool, bool, int]:
             assert slot.snapshot is not None

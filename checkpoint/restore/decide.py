@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from resilient.errors import LayoutMismatch, LevelFailed, ResilientError, RestoreError
+
 LEVELS = ("memory", "local", "durable")
 
 
@@ -16,18 +18,21 @@ LEVELS = ("memory", "local", "durable")
 class Facts:
     """What one rank knows. `steps[level]` are the steps whose image of this rank is there, made by a job of this size.
 
-    `other_worlds` are complete durable steps of jobs with another number of ranks: {step: world size}.
+    `other_worlds` are complete durable steps of jobs with another number of ranks: {step: world size}. `unseen` says of
+    each level that could not be looked at why not.
     """
 
     rank: int
     steps: dict[str, tuple[int, ...]] = field(default_factory=dict)
     other_worlds: dict[int, int] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "rank": self.rank,
             "steps": {level: list(steps) for level, steps in self.steps.items()},
             "other_worlds": list(self.other_worlds.items()),
+            "unseen": list(self.unseen),
         }
 
     @classmethod
@@ -35,18 +40,20 @@ class Facts:
         return cls(
             rank=raw["rank"],
             steps={level: tuple(steps) for level, steps in raw["steps"].items()},
-            other_worlds=dict(raw["other_worlds"]),
+            other_worlds={step: size for step, size in raw["other_worlds"]},
+            unseen=tuple(raw["unseen"]),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """`action` is "restore" (then `step` and each rank's level in `levels`), "nothing" or "refuse"."""
+    """`action` is "restore" (then `step` and each rank's level in `levels`), "nothing" or "refuse" (with `error`)."""
 
     action: str
     reason: str
     step: int = -1
     levels: tuple[str, ...] = ()
+    error: type[ResilientError] = RestoreError
 
 
 Damaged = frozenset[tuple[int, int, str]]
@@ -75,11 +82,16 @@ def decide(facts: Sequence[Facts], damaged: Damaged = frozenset(), only: Sequenc
         return Decision(
             action="refuse",
             step=newest_other,
+            error=LayoutMismatch,
             reason=f"the newest complete snapshot, step {newest_other}, was made by {size} ranks and this job has "
             f"{len(facts)}: start it with {size} ranks, or use another url",
         )
     if candidates and damaged:
         return Decision(action="refuse", reason=f"no undamaged snapshot is left (damaged: {_named(damaged)})")
+    unseen = [text for one in facts for text in one.unseen]
+    if unseen:  # to begin anew now would bury whatever is there
+        reason = f"nothing was found, but not every level could be looked at: {unseen[0]}"
+        return Decision(action="refuse", error=LevelFailed, reason=reason)
     return Decision(action="nothing", reason="no complete snapshot at any level")
 
 

@@ -122,13 +122,6 @@ class Proposal:
                 optimizer.state.pop(key, None)
 
 
-def plan_load(state: Mapping[str, object], catalog: Catalog, objects: Mapping[str, Any]) -> list[Range]:
-    """`propose` and `install` in one, for a world of one rank: others must agree in between."""
-    proposal = propose(state, catalog, objects)
-    proposal.install()
-    return proposal.ranges
-
-
 def propose(state: Mapping[str, object], catalog: Catalog, objects: Mapping[str, Any]) -> Proposal:
     """All ranges that restore the state's tensors, and the optimizer state to make for them.
 

@@ -1,6 +1,7 @@
 """What the forked processes of these tests run. Arguments and results are JSON."""
 
 import os
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from resilient.checkpoint.checkpointer import Checkpointer
+from resilient.errors import ResilientError
 from resilient.policy import Policy
 from tests.bad_days.training import Training
 
@@ -83,3 +85,91 @@ def replicas(
     checkpointer.close(keep_memory=keep)
     levels = [restored.levels[one] for one in range(world_size)] if restored else None
     return {"digest": digest, "start": start, "levels": levels}
+
+
+def tear(rank: int, world_size: int, meeting: str, url: str, torn_rank: int) -> dict[str, Any]:
+    """Each rank saves its own big model; one changes a parameter while step 3 is captured."""
+    join(rank, world_size, meeting)
+    training = Training(width=768, layers=4, seed=rank)
+    outcomes = {}
+    with Checkpointer(url, training.state, Policy(durable_every=0)) as checkpointer:
+        for step in range(1, 6):
+            training.step()
+            handle = checkpointer.save(step)
+            if (step, rank) == (3, torn_rank):
+                for parameter in training.model.parameters():
+                    parameter.data.add_(1.0)  # a defect of the program: it did not pass the fence
+            error = handle.durable("memory").exception(60)
+            outcomes[step] = None if error is None else [type(error).__name__, str(error)]
+            checkpointer.fence()
+            dist.barrier()
+    return outcomes
+
+
+def live(
+    rank: int,
+    world_size: int,
+    meeting: str,
+    url: str,
+    until: int,
+    last_of: int | None = None,
+    level: str = "memory",
+    twist: int = 0,
+    **policy: Any,
+) -> dict[str, Any]:
+    """One life: restore, train up to `until`; only rank `last_of` saves that last step. Dies without a word.
+
+    Returns where it began. `twist` makes this life's numbers differ from those of others.
+    """
+    join(rank, world_size, meeting)
+    training = Training(seed=rank)
+    checkpointer = Checkpointer(url, training.state, Policy(**policy))
+    start = checkpointer.restore() or 0
+    digest = training.digest()
+    for step in range(start + 1, until + 1):
+        if twist:
+            torch.manual_seed(1000 * twist + rank)
+        training.step()
+        if step == until and last_of not in (None, rank):
+            continue
+        handle = checkpointer.save(step)
+        if step < until:
+            handle.durable(level).result(60)
+        else:
+            checkpointer.close(keep_memory=True)  # until what this rank has of it is written
+    return {"start": start, "digest": digest, "done": training.digest()}
+
+
+def refuse(
+    rank: int, world_size: int, meeting: str, url: str, odd_rank: int | None = None, **policy: Any
+) -> dict[str, Any]:
+    """Try to begin; returns the error that this rank gets, and whether its state is as it was.
+
+    The model of `odd_rank` is another one.
+    """
+    join(rank, world_size, meeting)
+    training = Training(width=48 if rank == odd_rank else 32, seed=3)
+    training.run(1, 1)
+    before = training.digest()
+    try:
+        checkpointer = Checkpointer(url, training.state, Policy(**policy))
+        checkpointer.restore()
+    except ResilientError as error:
+        return {"error": type(error).__name__, "message": str(error), "untouched": training.digest() == before}
+    return {"error": None}
+
+
+def leave_open(url: str) -> None:
+    """End without close()."""
+    training = Training(width=512, layers=4)
+    checkpointer = Checkpointer(url, training.state, Policy(durable_every=0))
+    training.run(1, 3, checkpointer)
+
+
+def hold(url: str, **policy: Any) -> None:
+    """Save one step and stay until killed."""
+    training = Training()
+    checkpointer = Checkpointer(url, training.state, Policy(**policy))
+    training.run(1, 1, checkpointer)[-1].durable("durable").result(60)
+    tell("holding")
+    threading.Event().wait()

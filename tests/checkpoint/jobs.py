@@ -99,6 +99,11 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     return [] if one == other or (one != one and other != other) else [f"{where}: {one!r} and {other!r}"]
 
 
+def assert_same(one: Any, other: Any) -> None:
+    found = differences(one, other)
+    assert not found, "\n".join(found[:20])
+
+
 def bits(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
@@ -140,6 +145,6 @@ def assert_restores(make: Make, url: Path, *, steps: int = 3, more: int = 2) -> 
             assert restored.last_restore is not None
             assert restored.last_restore.levels == {0: level}
             assert restored.last_restore.notes == ()
-            assert differences(saved, facts(fresh.state)) == []
+            assert_same(saved, facts(fresh.state))
         train(fresh, more)
-        assert differences(later, facts(fresh.state)) == []
+        assert_same(later, facts(fresh.state))

@@ -46,6 +46,7 @@ def frozen(make_module: Any) -> Job:
     return Job({"model": make_module()}, lambda: None)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_every_dtype_comes_back(tmp_path: Path) -> None:
     def make() -> nn.Module:
         module = nn.Module()
@@ -113,7 +114,8 @@ def test_an_expanded_buffer_takes_values_that_are_not_all_the_same(tmp_path: Pat
 
 def test_optimizer_state_has_the_strides_it_had(tmp_path: Path) -> None:
     def make() -> Job:
-        model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        model: Any = nn.Conv2d(3, 8, 3)
+        model.to(memory_format=torch.channels_last)
         model.turned = nn.Parameter(torch.randn(6, 5).t())
         optimizer = torch.optim.AdamW(model.parameters())
 
@@ -129,6 +131,8 @@ def test_optimizer_state_has_the_strides_it_had(tmp_path: Path) -> None:
 
 class Statistics(nn.Module):
     """Buffers that change in forward, one of them no part of its state dict, and extra state."""
+
+    cache: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +206,9 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
 def wrapped_in_all() -> nn.Module:
     model = Statistics()
     model.inner[0] = checkpoint_wrapper(nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4))))
-    return torch.compile(nn.DataParallel(torch.compile(model, backend="eager")), backend="eager")  # type: ignore[return-value]
+    compiled: Any = torch.compile(model, backend="eager")
+    both: Any = torch.compile(nn.DataParallel(compiled), backend="eager")
+    return both  # type: ignore[no-any-return]
 
 
 def test_wrappers_leave_no_trace_in_names() -> None:
@@ -212,7 +218,8 @@ def test_wrappers_leave_no_trace_in_names() -> None:
 
 
 def test_a_snapshot_of_a_wrapped_model_goes_into_a_plain_one(tmp_path: Path) -> None:
-    wrapped, plain = wrapped_in_all(), Statistics()
+    wrapped = wrapped_in_all()
+    plain: Any = Statistics()
     plain.inner[0] = nn.Sequential(nn.Linear(4, 4))
     with checkpointing(tmp_path, Job({"model": wrapped}, lambda: None)) as checkpointer:
         checkpointer.save(1).durable("durable").result(30)
@@ -236,6 +243,8 @@ def test_parametrized_and_compiled_models_train_on(tmp_path: Path) -> None:
 class Large(nn.Module):
     """A buffer above 1 MiB that changes in forward, where small ones are copied at once."""
 
+    large: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
@@ -247,7 +256,9 @@ class Large(nn.Module):
         return y
 
 
-def test_a_large_buffer_that_changes_in_forward_fails_one_snapshot_by_name_and_is_copied_early_from_then_on(tmp_path: Path) -> None:
+def test_a_large_buffer_that_changes_in_forward_fails_one_snapshot_by_name_and_is_copied_early_from_then_on(
+    tmp_path: Path,
+) -> None:
     job = trained(Large())
     model = job.state["model"]
     failed = []

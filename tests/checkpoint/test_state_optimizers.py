@@ -32,14 +32,14 @@ class Network(nn.Module):
 
 def job_of(make_optimizer: MakeOptimizer) -> Job:
     model = Network()
-    optimizer = make_optimizer(model.parameters())
+    optimizer: Any = make_optimizer(model.parameters())
 
     def step() -> None:
         x = torch.randn(8, 6)
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = model(x).square().mean()
+            loss: Tensor = model(x).square().mean()
             loss.backward()
             return loss
 
@@ -56,14 +56,15 @@ class Unusual(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
-        self.state["seen"] = {"steps": self.state.get("seen", {"steps": 0})["steps"] + 1, "last": torch.randn(2)}
+        state: dict[Any, Any] = self.state
+        state["seen"] = {"steps": state.get("seen", {"steps": 0})["steps"] + 1, "last": torch.randn(2)}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group["lr"])
+                    self._update(parameter, parameter.grad, group["lr"])
 
     @torch.no_grad()
-    def _update(self, parameter: Tensor, lr: float) -> None:
+    def _update(self, parameter: Tensor, gradient: Tensor, lr: float) -> None:
         state = self.state[parameter]
         count = state.get("step", 0)
         if not state:
@@ -74,9 +75,9 @@ class Unusual(Optimizer):
             state["flag"] = 1  # becomes a tensor later
         state["step"] = count + 1
         state["turned"].add_(torch.randn(2, 3))
-        state["low"].add_(parameter.grad)
+        state["low"].add_(gradient)
         state["count"].add_(1)
-        state["history"] = [*state["history"][-2:], {"gradient": parameter.grad.clone(), "at": (count, 0.5)}]
+        state["history"] = [*state["history"][-2:], {"gradient": gradient.clone(), "at": (count, 0.5)}]
         if count == 2:
             state["flag"] = torch.tensor([4.0, 5.0])
         parameter.sub_(lr * state["low"])

@@ -191,6 +191,8 @@ def test_a_new_plan_reuses_buffers_that_are_large_enough_and_gives_the_others_ba
     assert all(new is old for new, old in zip(again, first, strict=True)), "mapped once"
     larger = trainer.plan(300_000)
     assert not {slot.id for slot in larger} & {slot.id for slot in first}
+    del first, again
+    assert set(trainer.client._mappings) == {slot.id for slot in larger}, "the old ones are not mapped any more"
     assert trainer.client.status()["bytes"] <= 600_000 + 2 * 4096
 
 
@@ -515,6 +517,39 @@ def test_old_snapshots_are_deleted_as_the_policy_says(
     assert {name for name in durable.list() if name.startswith("step_00000003")} == set()
 
 
+def test_a_local_file_that_is_still_being_sent_on_is_not_deleted(
+    served: Served, local: MemoryStore, eventually: Eventually
+) -> None:
+    gate = threading.Event()
+    served.stores[DURABLE_URL] = durable = _GatedStore(gate, DURABLE_URL)
+    served.start(url=DURABLE_URL)
+    trainer = Trainer(url=DURABLE_URL, policy=Policy(local=LOCAL_URL, local_keep_last=1))
+    trainer.plan(SMALL)
+    trainer.save(1, levels=["local", "durable"], size=SMALL)
+    eventually(lambda: durable.begun, "the upload has begun")
+    for step in (2, 3, 4):
+        trainer.save(step, levels=["local"], size=SMALL)
+        trainer.wait_for("complete", step, "local")
+    eventually(lambda: complete_steps(local.list()) == {1: 1, 4: 1}, "step 1 stays as long as it is needed")
+    gate.set()
+    trainer.wait_for("complete", 1, "durable")
+    trainer.save(5, levels=["local"], size=SMALL)
+    eventually(lambda: complete_steps(local.list()) == {5: 1}, "and goes afterwards")
+
+
+def test_digests_of_an_image_that_was_given_up_meanwhile_are_ignored(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = served.start()
+    trainer = Trainer()
+    trainer.plan(SMALL)
+    slot = trainer.fill(1, SMALL)
+    agent._loop.post(lambda: agent._node.images._digested(0, (slot.id, 77), ()))
+    trainer.client.seal(slot, 1, SMALL, [])
+    trainer.wait_for("complete", 1)
+    assert "went wrong" not in caplog.text
+
+
 def test_a_failed_snapshot_is_not_written_to_the_end(served: Served) -> None:
     gate = threading.Event()
     served.stores[DURABLE_URL] = durable = _GatedStore(gate, DURABLE_URL)
@@ -603,6 +638,9 @@ def test_an_idle_agent_ends_when_its_time_is_over_and_not_before(served: Served)
     trainer.plan(SMALL)
     trainer.save(1, size=SMALL)
     trainer.wait_for("complete", 1)
+    served.clock.now += 1000
+    for _ in range(3):
+        trainer.client.status()
     trainer.vanish()
     served.clock.now += 50
     again = Trainer(policy=Policy(agent_idle_s=100))

@@ -187,6 +187,28 @@ def test_when_the_agent_is_killed_everybody_who_waits_hears_it_at_once(agents: C
     trainer.client.close(keep=False)
 
 
+def test_a_request_that_waits_when_the_agent_is_killed_fails_at_once(
+    agents: Callable[[], list[int]], eventually: Eventually
+) -> None:
+    trainer = Trainer()
+    (agent,) = agents()
+    os.kill(agent, signal.SIGSTOP)
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            trainer.client.status()
+        except AgentLost as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    eventually(lambda: trainer.client._connection._waiting, "the request is sent")
+    os.kill(agent, signal.SIGKILL)
+    asking.join(20)
+    assert len(errors) == 1
+
+
 def test_after_the_agent_was_killed_connecting_starts_another_one(agents: Callable[[], list[int]]) -> None:
     trainer = Trainer()
     trainer.plan(SMALL)

@@ -1,0 +1,127 @@
+"""State that changes when it should not, and structure that changes when it may: right, or a clear failure."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from resilient.errors import TornCapture
+from tests.bad_days.conftest import Make
+from tests.bad_days.training import Training, differing
+
+LONG_S = 30.0
+
+
+def by_data(training: Training) -> None:
+    for parameter in training.model.parameters():
+        parameter.data.mul_(1.5)
+
+
+def by_a_fused_optimizer_of_its_own(training: Training) -> None:
+    other = torch.optim.AdamW(training.model.parameters(), lr=0.1, fused=True)
+    for parameter in training.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    other.zero_grad()
+
+
+def by_a_sparse_write(training: Training) -> None:
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            parameter.view(-1)[13] += 1.0
+
+
+def of_the_optimizer(training: Training) -> None:
+    for held in training.optimizer.state.values():
+        held["exp_avg"].data.add_(1.0)
+
+
+@pytest.mark.parametrize("change", [by_data, by_a_fused_optimizer_of_its_own, by_a_sparse_write, of_the_optimizer])
+def test_a_change_without_the_fence_fails_that_snapshot_by_name_or_comes_too_late_to_matter(
+    change: object, checkpointer: Make, tmp_path: Path
+) -> None:
+    assert callable(change)
+    training = Training(width=1024, layers=6)  # 75 MB
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=0)
+    training.run(1, 1, saving)[-1].durable("memory").result(LONG_S)
+    torn, whole = 0, (1, training.tensors())
+    for step in range(2, 6):
+        training.step()
+        before = training.tensors()
+        handle = saving.save(step)
+        change(training)
+        error = handle.captured.exception(LONG_S)
+        if error is None:
+            whole = (step, before)
+            handle.durable("memory").result(LONG_S)
+        else:
+            assert isinstance(error, TornCapture), error
+            assert error.tensors
+            assert error.tensors[0].startswith(("model.", "optimizer.")), error.tensors
+            torn += 1
+    assert torn >= 1, "no change met a capture: the test shows nothing"
+    saving.close(keep_memory=True)
+    again = Training(width=1024, layers=6, seed=4)
+    assert checkpointer(tmp_path / "url", again.state, durable_every=0).restore() == whole[0]
+    assert differing(again.tensors(), whole[1]) == []
+
+
+class Replacing(torch.optim.SGD):
+    """An optimizer that gives every tensor new memory at every step."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    old = self.state[parameter].get("average", torch.zeros_like(parameter))
+                    self.state[parameter]["average"] = old * 0.9 + parameter.grad
+                    parameter.data = parameter.data - group["lr"] * self.state[parameter]["average"]
+
+
+def replacing(seed: int = 0) -> Training:
+    training = Training(width=256, seed=seed)
+    training.optimizer = Replacing(training.model.parameters(), lr=0.1)
+    return training
+
+
+def test_an_optimizer_that_replaces_its_tensors_is_followed(checkpointer: Make, tmp_path: Path) -> None:
+    training, calm = replacing(), replacing()
+    calm.run(1, 12)
+    expected = calm.tensors()
+    torch.manual_seed(0)
+    training = replacing()
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=0)
+    handles = training.run(1, 8, saving)
+    assert [handle.durable("memory").result(LONG_S) for handle in handles] == list(range(1, 9))
+    saving.close(keep_memory=True)
+    again = replacing(seed=3)
+    loading = checkpointer(tmp_path / "url", again.state, durable_every=0)
+    assert loading.restore() == 8
+    again.run(9, 12, loading)
+    assert differing(again.tensors(), expected) == []
+
+
+def grow(training: Training) -> None:
+    layer = nn.Linear(training.width, training.width)
+    training.model.append(layer)
+    training.optimizer.add_param_group({"params": list(layer.parameters()), "lr": 0.01})
+
+
+def test_a_layer_and_a_group_that_appear_between_saves_are_saved_and_restored(
+    checkpointer: Make, tmp_path: Path
+) -> None:
+    training = Training(width=64)
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=0)
+    saving.save(0).durable("memory").result(LONG_S)  # no optimizer state yet
+    training.run(1, 2, saving)
+    saving.fence()
+    grow(training)
+    (*_, last) = training.run(3, 5, saving)
+    assert last.durable("memory").result(LONG_S) == 5
+    assert saving.statistics.plans == 3  # at first, with optimizer state, with the layer and its own
+    saving.close(keep_memory=True)
+    again = Training(width=64, seed=8)
+    grow(again)
+    assert checkpointer(tmp_path / "url", again.state, durable_every=0).restore() == 5
+    assert differing(again.tensors(), training.tensors()) == []

@@ -1,0 +1,59 @@
+"""Two jobs on one url: the second is refused, the first is unharmed, and a dead one stands in nobody's way."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from resilient.errors import LevelFailed, NotACheckpoint, UrlInUse
+from tests.bad_days.conftest import Agents, Make, Trainers
+from tests.bad_days.training import Training
+
+LONG_S = 30.0
+
+
+def test_a_second_job_is_refused_while_the_first_lives_and_the_first_is_unharmed(
+    checkpointer: Make, tmp_path: Path
+) -> None:
+    training, other = Training(), Training()
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=1, run_id="first")
+    assert training.run(1, 1, saving)[-1].durable("durable").result(LONG_S) == 1
+    with pytest.raises(UrlInUse, match=r"'first'"):
+        checkpointer(tmp_path / "url", other.state, durable_every=1, run_id="second")
+    assert training.run(2, 2, saving)[-1].durable("durable").result(LONG_S) == 2
+    assert saving.close() == []
+
+
+def test_a_second_process_of_the_same_run_is_refused_while_the_first_lives(
+    checkpointer: Make, trainers: Trainers, tmp_path: Path
+) -> None:
+    child = trainers.start("hold", url=str(tmp_path / "url"), durable_every=1)
+    child.until_told("holding")
+    with pytest.raises(UrlInUse, match=str(child.pid)):
+        checkpointer(tmp_path / "url", Training().state, durable_every=1)
+    assert child.lives
+
+
+@pytest.mark.parametrize("killed", ["trainer", "both"])
+@pytest.mark.parametrize("run_id", ["first", "second"])
+def test_a_killed_job_is_succeeded_at_once(
+    killed: str, run_id: str, checkpointer: Make, trainers: Trainers, agents: Agents, tmp_path: Path
+) -> None:
+    child = trainers.start("hold", url=str(tmp_path / "url"), durable_every=1, run_id="first")
+    child.until_told("holding")
+    child.kill()
+    if killed == "both":
+        agents.signal(9)
+    began = time.monotonic()
+    training = Training(seed=6)
+    loading = checkpointer(tmp_path / "url", training.state, durable_every=1, run_id=run_id)
+    assert loading.restore() == 1
+    assert time.monotonic() - began < 10.0
+    assert training.run(2, 2, loading)[-1].durable("durable").result(LONG_S) == 2
+
+
+def test_a_url_that_is_a_file_is_refused_and_left_as_it_is(checkpointer: Make, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text("my thesis")
+    with pytest.raises((NotACheckpoint, LevelFailed), match="is a file"):
+        checkpointer(tmp_path / "url", Training().state)
+    assert (tmp_path / "url").read_text() == "my thesis"
