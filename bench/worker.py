@@ -9,6 +9,7 @@ processes import this file again, so it does nothing at import.
 import importlib
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # some peers open a file for each tensor
     target, arguments, result = sys.argv[1:]
     module, _, function = target.partition(":")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

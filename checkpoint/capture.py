@@ -120,10 +120,14 @@ class Capture:
         """Wait until nothing is under way, sealing included."""
         return self._idle.wait(timeout_s)
 
-    def close(self) -> None:
-        """End the capture thread after the job under way."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """End the capture thread after the job under way, which is given up when the time is over."""
         self._jobs.put(None)
-        self._thread.join(self._timeout_s)
+        self._thread.join(self._timeout_s if timeout_s is None else timeout_s)
+        job = self._current
+        if self._thread.is_alive() and job is not None:
+            self._give_up(job)
+            self._thread.join(1.0)
 
     def _give_up(self, job: Job) -> None:
         job.given_up = True

@@ -35,6 +35,8 @@ from resilient.policy import Policy
 _log = logging.getLogger("resilient")
 _INLINE_TENSORS = 2048  # up to so many, addresses and versions are read inside `save`; else first thing after it
 
+_EXIT_S = 10.0
+
 
 @dataclass(slots=True)
 class Statistics:
@@ -90,6 +92,7 @@ class Checkpointer:
         self._capture.start()
         self._hooks = self._hook_optimizers()
         self._closed = False
+        self._at_exit = weakref.finalize(self, _leave, self._capture, self._link)
 
     def save(self, step: int) -> SaveHandle:
         """Start a snapshot of the state as it is now, called `step`. Returns at once; the copies run behind.
@@ -141,6 +144,7 @@ class Checkpointer:
         if self._closed:
             return []
         self._closed = True
+        self._at_exit.detach()
         for hook in self._hooks:
             hook.remove()
         self._capture.fence()
@@ -232,6 +236,12 @@ class Checkpointer:
                 hooks.append(held.register_step_pre_hook(fence))
                 hooks.append(held.register_load_state_dict_pre_hook(fence))
         return hooks
+
+
+def _leave(capture: Capture, link: AgentLink) -> None:
+    """The interpreter ends without close(), and would abort if a thread were then in mid-copy. The memory stays."""
+    capture.close(_EXIT_S)
+    link.leave()
 
 
 def protect(

@@ -2,11 +2,11 @@
 
 Captured at once, inside `save`, since it changes early; it is small. Encoded by `objects.py` into the image's tail.
 For each optimizer of the state: `param_groups` (names of parameters are in the record), `state` (what is not a plain
-tensor, by parameter and name), and where they are needed `made`, `others` (see `Leaves`) and `on_device` (whose tensors
-lay on the parameter's accelerator).
+tensor: columns of values by name, for parameters that have the same names), and where they are needed `made`, `others`
+(see `Leaves`) and `on_device` (whose tensors lay on the parameter's accelerator).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from resilient.checkpoint.leaves import Leaf, Leaves, modules_of
+from resilient.checkpoint.leaves import Leaf, Leaves, Mixed, modules_of
 from resilient.checkpoint.objects import Encoded, encode
 from resilient.checkpoint.rng import capture_rng, restore_rng
 from resilient.checkpoint.stateful import ObjectState
@@ -79,29 +79,43 @@ def _copied(path: str, tensor: Tensor) -> Tensor:
 
 def _optimizer_values(optimizer: Optimizer, found: Leaves, item: str) -> dict[str, Any]:
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    state = {
-        leaf.key: {name: value for name, value in held.items() if not isinstance(value, Tensor)}
-        for leaf, held in found.mixed[item]
-    }
+    mixed = found.mixed[item].values()
+    state = [
+        {
+            "parameters": [leaf.key for leaf in one.parameters],
+            "values": {name: [held[name] for held in one.states] for name in one.others},
+        }
+        for one in mixed
+    ]
     values: dict[str, Any] = {"param_groups": groups, "state": state}
     optional = {
         "made": found.made[item],
         "others": {key: optimizer.state[key] for key in found.others[item]},
-        "on_device": {leaf.key: names for leaf, held in found.mixed[item] if (names := _on_device(leaf, held))},
+        "on_device": {leaf.key: names for one in mixed for leaf, names in _on_device(one)},
     }
     return values | {key: value for key, value in optional.items() if value}
 
 
-def _on_device(leaf: Leaf, held: Mapping[Any, Any]) -> list[Any]:
+def _on_device(mixed: Mixed) -> Iterator[tuple[Leaf, list[Any]]]:
     """The names of nested state whose tensors lie on the parameter's accelerator."""
-    if leaf.local.device.type == "cpu":
-        return []
-    nested = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
-    return [
-        name
-        for name, value in nested.items()
-        if any(isinstance(one, Tensor) and one.device == leaf.local.device for one in tree_leaves(value))
-    ]
+    for leaf, held in zip(mixed.parameters, mixed.states, strict=True):
+        if leaf.local.is_cpu:
+            continue
+        nested = {name: tree_leaves(held[name]) for name in mixed.others}
+        device = leaf.local.device
+        yield (
+            leaf,
+            [n for n, parts in nested.items() if any(isinstance(t, Tensor) and t.device == device for t in parts)],
+        )
+
+
+def columns_by_parameter(columns: Iterable[Mapping[str, Any]]) -> dict[str, dict[Any, Any]]:
+    """The `state` of an optimizer's values: what each parameter has that is not a tensor, by name."""
+    found: dict[str, dict[Any, Any]] = {}
+    for one in columns:
+        for number, key in enumerate(one["parameters"]):
+            found[key] = {name: values[number] for name, values in one["values"].items()}
+    return found
 
 
 def _apply_groups(

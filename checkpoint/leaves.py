@@ -3,26 +3,25 @@
 Names are the parameters' fully qualified names below the name of the item: `model.layers.0.weight`,
 `optimizer.state.model.layers.0.weight.exp_avg`. Wrappers (DDP, torch.compile, activation checkpointing) leave no
 trace in them. The walk also returns what has to be looked at to know that the structure is still the same
-(`watch.py`), so that a save need not walk again. What is not a tensor is `extras.py`'s.
+(`watch.py`), so that a save need not walk again. What cannot be saved is refused by `unsavable.py`; what is not a
+tensor is the business of `extras.py`.
 """
 
 import gc
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-from resilient.checkpoint.dtypes import safetensors_dtype
 from resilient.checkpoint.pieces import Piece
+from resilient.checkpoint.unsavable import refuse_optimizer, refuse_tensor
 from resilient.checkpoint.watch import Watch
 from resilient.errors import StateError
 
@@ -61,18 +60,28 @@ class Leaf:
 
 
 @dataclass(slots=True)
+class Mixed:
+    """The states of some parameters of an optimizer that all have the same names: of tensors, and of other things."""
+
+    tensors: tuple[Any, ...]
+    others: tuple[Any, ...]
+    parameters: list[Leaf] = field(default_factory=list)
+    states: list[dict[Any, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Leaves:
     """All that a walk finds. `aliases` maps a second name of a tied tensor to its first. By optimizer:
 
-    `groups` has the names of each group's parameters; `mixed` the state of parameters that is not all tensors; `made`,
-    by parameter and name, how to make a state tensor that is neither contiguous nor sharded like its parameter;
+    `groups` has the names of each group's parameters; `mixed` the states that are not all tensors; `made`, by
+    parameter and name, how to make a state tensor that is neither contiguous nor sharded like its parameter;
     `others` the keys of state that belongs to no parameter.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     groups: dict[str, list[list[str]]] = field(default_factory=dict)
-    mixed: dict[str, list[tuple[Leaf, dict[str, Any]]]] = field(default_factory=dict)
+    mixed: dict[str, dict[Any, Mixed]] = field(default_factory=dict)
     made: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     others: dict[str, list[Any]] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
@@ -208,12 +217,12 @@ def _reshard(module: nn.Module) -> None:
 
 
 def _walk_optimizer(found: Leaves, optimizer: Optimizer, item: str) -> None:
-    _refuse_optimizer(optimizer, item)
+    refuse_optimizer(optimizer, item)
     watch = found.watch
     watch.add_keys(optimizer.__dict__, ("state", "param_groups"))
     watch.add(optimizer.param_groups)
     watch.add(optimizer.state)
-    found.groups[item], found.mixed[item], found.made[item] = [], [], {}
+    found.groups[item], found.mixed[item], found.made[item] = [], {}, {}
     found.others[item] = [key for key in optimizer.state if not isinstance(key, Tensor)]
     for number, group in enumerate(optimizer.param_groups):
         parameters = group["params"]
@@ -223,6 +232,8 @@ def _walk_optimizer(found: Leaves, optimizer: Optimizer, item: str) -> None:
         for parameter, leaf in zip(parameters, leaves, strict=True):
             if parameter in optimizer.state:
                 _walk_parameter_state(found, optimizer.state[parameter], leaf, item)
+    for mixed in found.mixed[item].values():
+        watch.add_columns(mixed.states, mixed.tensors, mixed.others)
 
 
 def _parameter_of(found: Leaves, parameter: Tensor, item: str, group: int, index: int) -> Leaf:
@@ -236,12 +247,14 @@ def _parameter_of(found: Leaves, parameter: Tensor, item: str, group: int, index
 
 
 def _walk_parameter_state(found: Leaves, state: dict[str, Any], parameter: Leaf, item: str) -> None:
-    tensors = [name for name, value in state.items() if isinstance(value, Tensor)]
+    tensors = tuple(name for name, value in state.items() if isinstance(value, Tensor))
     if len(tensors) == len(state):
         found.watch.add(state)
     else:
-        found.watch.add_keys(state, tensors, [name for name in state if name not in tensors])
-        found.mixed[item].append((parameter, state))
+        names = tensors, tuple(name for name in state if name not in tensors)
+        mixed = found.mixed[item].setdefault(names, Mixed(*names))
+        mixed.parameters.append(parameter)
+        mixed.states.append(state)
     for name in tensors:
         key = f"{item}.state.{parameter.key}.{name}"
         made = _add_optimizer_state(found, key, state[name], parameter, name)
@@ -296,7 +309,7 @@ def _append(
     parameter: str = "",
     name: str = "",
 ) -> Leaf:
-    _refuse_what_cannot_be_saved(key, tensor)
+    refuse_tensor(key, tensor)
     if isinstance(tensor, DTensor):
         place = found.place(tensor)
         box, replicas, group, local = place.box, place.replicas, place.group, tensor._local_tensor
@@ -335,7 +348,7 @@ def place_of(tensor: DTensor) -> Place:
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     index: tuple[slice | int, ...] = tuple(
         slice(None) if placement.is_replicate() else coordinate
-        for placement, coordinate in zip(placements, _coordinate(mesh), strict=True)
+        for placement, coordinate in zip(placements, mesh.get_coordinate() or (), strict=True)
     )
     if 0 in sizes:  # an empty shard may report an offset beyond the end
         offsets = tuple(min(offset, size) for offset, size in zip(offsets, tensor.shape, strict=True))
@@ -345,54 +358,3 @@ def place_of(tensor: DTensor) -> Place:
         replicas=tuple(sorted(ranks[index].flatten().tolist())),
         group=tuple(sorted(ranks.flatten().tolist())),
     )
-
-
-def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
-    return mesh.get_coordinate() or ()
-
-
-def _refuse_optimizer(optimizer: Optimizer, item: str) -> None:
-    """Those whose state is not all there, or not what they say it is."""
-    names = {kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.distributed.")}
-    problem = ""
-    if "ZeroRedundancyOptimizer" in names:
-        problem = "its state is spread over ranks in a way that only it knows: shard with fully_shard instead"
-    elif not {"state", "param_groups"} <= optimizer.__dict__.keys():
-        problem = "it wraps another optimizer: name that one in the state"
-    if problem:
-        raise StateError(f"state[{item!r}] cannot be saved: it is a {type(optimizer).__name__}; {problem}")
-
-
-def _refuse_what_cannot_be_saved(key: str, tensor: Tensor) -> None:
-    try:
-        safetensors_dtype(tensor.dtype)
-    except StateError as error:
-        raise StateError(f"tensor {key!r}: {error}") from error
-    problem = ""
-    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-        problem = "is not initialised yet: run one forward pass before making the Checkpointer"
-    elif tensor.is_meta:
-        problem = "is on the meta device and has no bytes: materialise it first (to_empty)"
-    elif tensor.is_nested or tensor.is_quantized:
-        problem = "is nested or quantized: save its parts as plain tensors"
-    elif tensor.layout is not torch.strided:
-        problem = f"has layout {tensor.layout}, and only strided tensors can be saved: convert it to dense"
-    elif tensor.is_conj() or tensor.is_neg():
-        problem = "is a lazy conjugate or negation: call resolve_conj() and resolve_neg() on it first"
-    elif isinstance(tensor, DTensor):
-        problem = _problem_of_dtensor(tensor)
-    elif type(tensor) not in (Tensor, nn.Parameter):
-        problem = f"is a {type(tensor).__name__}, a tensor class that is not known here: save what is inside of it"
-    if problem:
-        raise StateError(f"tensor {key!r} {problem}")
-
-
-def _problem_of_dtensor(tensor: DTensor) -> str:
-    local = type(tensor._local_tensor)
-    if any(placement.is_partial() for placement in tensor.placements):
-        return "is a partial sum over the mesh: redistribute it to Shard or Replicate first"
-    if not _coordinate(tensor.device_mesh):
-        return "lies on a device mesh that this rank has no part in: give each rank only the modules it works on"
-    if local not in (Tensor, nn.Parameter):
-        return f"consists of parts of class {local.__name__}, which is not known here: save what is inside of them"
-    return ""

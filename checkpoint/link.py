@@ -130,6 +130,12 @@ class AgentLink:
         client.close(keep)
         return problems
 
+    def leave(self) -> None:
+        """Go without waiting for writes; the agent finishes them, and keeps its memory. At the interpreter's end."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close(keep=True)
+
     def _client_to_save(self) -> AgentClient:
         """As `client`, but where no agent could be started a while passes before it is tried again."""
         if time.monotonic() < self._retry_at and (self._client is None or self._client.lost):

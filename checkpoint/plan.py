@@ -160,7 +160,7 @@ def _make_plan(found: Leaves, rank: int, early_keys: frozenset[str]) -> Plan:
         entry = _entry(leaf, piece, offset)
         early = (
             leaf.key in early_keys
-            or (leaf.kind == "buffer" and entry.nbytes <= _EARLY_BYTES)
+            or (leaf.kind in ("buffer", "tensor") and entry.nbytes <= _EARLY_BYTES)
             or not (leaf.local.is_cpu or leaf.local.is_contiguous())
         )
         planned.append(Planned(leaf=leaf, piece=piece, entry=entry, early=early))

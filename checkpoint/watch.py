@@ -6,6 +6,7 @@ The walk (`leaves.py`) says what to look at; nothing here knows of modules or op
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 
@@ -25,9 +26,13 @@ class Watch:
         """Watch the values of a dictionary, or the items of a list, for replacement and change of number."""
         self._views.append(container.values() if isinstance(container, dict) else container)
 
-    def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any], types: Sequence[Any] = ()) -> None:
-        """Watch only some values of a mapping, and of others, which change at every step, only the type."""
-        self._views.append(_Keys(container, tuple(keys), tuple(types)))
+    def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any]) -> None:
+        """Watch only some values of a mapping."""
+        self._views.append(_Columns([container], keys, ()))
+
+    def add_columns(self, rows: Sequence[Mapping[Any, object]], keys: Sequence[Any], types: Sequence[Any]) -> None:
+        """Watch some values of mappings that have the same keys, and of others, which change, only the types."""
+        self._views.append(_Columns(rows, keys, types))
 
     def freeze(self) -> None:
         self._seen = list(chain.from_iterable(self._views))
@@ -40,12 +45,13 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
-    container: Mapping[Any, object]
-    keys: tuple[Any, ...]
-    types: tuple[Any, ...]
+class _Columns:
+    rows: Sequence[Mapping[Any, object]]
+    keys: Sequence[Any]
+    types: Sequence[Any]
 
     def __iter__(self) -> Iterator[object]:
-        yield len(self.container)
-        yield from map(self.container.__getitem__, self.keys)
-        yield from map(type, map(self.container.__getitem__, self.types))
+        columns: list[Iterable[object]] = [map(len, self.rows)]
+        columns += [map(itemgetter(key), self.rows) for key in self.keys]
+        columns += [map(type, map(itemgetter(key), self.rows)) for key in self.types]
+        return chain.from_iterable(columns)

@@ -196,9 +196,7 @@ class AgentClient:
         reply = self._connection.request("images")
         return [ImageInfo(**image) for image in reply["images"]]
 
-    def map_image(
-        self, rank: int, step: int, world_size: int | None = None, slot_id: int | None = None
-    ) -> MappedImage:
+    def map_image(self, rank: int, step: int, world_size: int | None = None, slot_id: int | None = None) -> MappedImage:
         """A sealed image, to read; with `slot_id` the one in that slot, where there are several of the step.
 
         It is not recycled before it is closed. Raises LevelFailed if it is not there.

@@ -256,7 +256,7 @@ class Node:
         self.claim.start()
 
     def _give_url_back(self) -> None:
-        """Without trainers and with nothing to write, another job may have the URL; rank 0 claims it when it is back."""
+        """Without trainers and with nothing to write, another job may have the URL; rank 0 claims it again."""
         if self.claim is None or not self._claimed or self.by_rank or self.is_busy or self.is_dismissed:
             return
         self._claimed, claim, self.claim = False, self.claim, None

@@ -18,6 +18,7 @@ from resilient.checkpoint.agent.slots import Slot
 from resilient.checkpoint.agent.snapshots import DURABLE, LOCAL, Progress, Snapshots, Tell
 from resilient.checkpoint.agent.writer import Cancelled, Job, LevelWriter
 from resilient.checkpoint.digest import BLOCK_BYTES, digest
+from resilient.checkpoint.levels.files import FileStore
 from resilient.checkpoint.levels.image_io import chunks_of, read_image_range, write_image
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record
@@ -95,6 +96,7 @@ class Writing:
         self._local_complete: set[int] = set()
         self._served: set[int] = set()
         self._refused: dict[str, str] = {}
+        self._swept: set[str] = set()
 
     def configure(self, policy: Policy, durable_url: str | None, ranks: Iterable[int]) -> None:
         """What the latest trainer asks for; it holds for jobs that begin from now on."""
@@ -234,6 +236,9 @@ class Writing:
 
         def work(is_cancelled: Callable[[], bool]) -> None:
             store = self._stores.get(url, policy.retries)
+            if url not in self._swept and isinstance(store, FileStore):
+                self._swept.add(url)
+                store.sweep()  # what agents that were killed have left half-written
             deletions = decide(store.list())
             for names in (deletions.records, deletions.images):
                 if names and not is_cancelled():

@@ -40,7 +40,7 @@ class Facts:
         return cls(
             rank=raw["rank"],
             steps={level: tuple(steps) for level, steps in raw["steps"].items()},
-            other_worlds={step: size for step, size in raw["other_worlds"]},
+            other_worlds=dict(raw["other_worlds"]),
             unseen=tuple(raw["unseen"]),
         )
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from resilient.checkpoint.copying import Move, batched, chunks, cpu_threads, run_moves
+from resilient.checkpoint.extras import columns_by_parameter
 from resilient.checkpoint.leaves import Leaf, Leaves, place_of, walk
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.restore.images import Stored
@@ -225,12 +226,13 @@ def _propose_optimizer(
 ) -> None:
     """The state that the snapshot has for each parameter: live tensors where they fit, new ones where they do not."""
     leaves, saved = found.by_key(), catalog.of_optimizer(item)
+    plain = columns_by_parameter(values["state"])
     made, on_device = values.get("made", {}), values.get("on_device", {})
     for key in {name for names in found.groups[item] for name in names}:
         parameter = leaves[key]
         live = optimizer.state.get(parameter.tensor, {})
         contents: dict[Any, Any] = {}
-        for name, value in values["state"].get(key, {}).items():
+        for name, value in plain.get(key, {}).items():
             contents[name] = _on_device(value, parameter.local.device) if name in on_device.get(key, ()) else value
         for name, pieces in saved.get(key, {}).items():
             usable = catalog.shared_with(() if pieces[0].own else parameter.group, pieces)

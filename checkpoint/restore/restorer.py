@@ -114,7 +114,7 @@ class Restorer:
         """Where every rank's images are. Only rank 0 lists the durable level, for all."""
         world = self._world
         rows = world.gather(self._together(self._look))
-        durable = {step: size for step, size in rows[0]["durable"]}
+        durable = dict(rows[0]["durable"])
         ours = tuple(step for step, size in durable.items() if size == world.world_size)
         others = {step: size for step, size in durable.items() if size != world.world_size}
         return [

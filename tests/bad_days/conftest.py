@@ -69,7 +69,9 @@ class Child:
         end = time.monotonic() + timeout_s
         while not any(line.startswith(word) for line in self.told):
             assert self.lives, f"it ended without saying {word!r}:\n{self.log}"
-            assert time.monotonic() < end, f"not said within {timeout_s:g} s: {word!r}; told {self.told[-5:]}\n{self.log}"
+            assert time.monotonic() < end, (
+                f"not said within {timeout_s:g} s: {word!r}; told {self.told[-5:]}\n{self.log}"
+            )
             time.sleep(0.005)
 
     def numbers(self, word: str) -> list[int]:
@@ -103,13 +105,13 @@ class Trainers:
     folder: Path
     started: list[Child] = field(default_factory=list)
 
-    def start(self, function: str, *, environment: dict[str, str] | None = None, **arguments: Any) -> Child:
+    def start(self, function: str, **arguments: Any) -> Child:
         folder = self.folder / f"child_{len(self.started)}"
         folder.mkdir()
         request = {
             "function": f"tests.bad_days.jobs:{function}",
             "arguments": arguments,
-            "environment": {**os.environ, "BAD_DAY_FOLDER": str(folder), **(environment or {})},
+            "environment": {**os.environ, "BAD_DAY_FOLDER": str(folder)},
             "log": str(folder / "log"),
             "result": str(folder / "result"),
         }
@@ -122,13 +124,10 @@ class Trainers:
         self.started.append(child)
         return child
 
-    def ranks(self, function: str, world_size: int = 2, **arguments: Any) -> list[Child]:
-        """The same function on several ranks of one gloo world."""
+    def ranks(self, function: str, **arguments: Any) -> list[Child]:
+        """The same function on the two ranks of a gloo world."""
         meeting = self.folder / f"meeting_{len(self.started)}"
-        return [
-            self.start(function, rank=rank, world_size=world_size, meeting=str(meeting), **arguments)
-            for rank in range(world_size)
-        ]
+        return [self.start(function, rank=rank, world_size=2, meeting=str(meeting), **arguments) for rank in range(2)]
 
     def end(self) -> None:
         for child in self.started:

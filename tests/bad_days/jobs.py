@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ def tell(word: str) -> None:
     """Say something to the test: one line, appended at once."""
     with (Path(os.environ["BAD_DAY_FOLDER"]) / "told").open("a") as file:
         file.write(f"{word}\n")
+
+
+def tell_complete(done: "Future[int]") -> None:
+    if done.exception() is None:
+        tell(f"complete {done.result()}")
 
 
 def calm(steps: int, width: int, layers: int) -> str:
@@ -44,9 +50,7 @@ def train(
     for step in range(start + 1, steps + 1):
         training.step()
         handle = checkpointer.save(step)
-        handle.durable("memory").add_done_callback(
-            lambda done, step=step: tell(f"complete {step}") if done.exception() is None else None
-        )
+        handle.durable("memory").add_done_callback(tell_complete)
         tell(f"saved {step}")
         if await_level is not None:
             handle.durable(await_level).result(60)
@@ -88,19 +92,19 @@ def replicas(
 
 
 def tear(rank: int, world_size: int, meeting: str, url: str, torn_rank: int) -> dict[str, Any]:
-    """Each rank saves its own big model; one changes a parameter while step 3 is captured."""
+    """Each rank saves its own big model; one changes its parameters while a capture is under way, at odd steps from 3."""
     join(rank, world_size, meeting)
     training = Training(width=768, layers=4, seed=rank)
-    outcomes = {}
+    outcomes: dict[str, Any] = {}
+    values = [parameter.data for parameter in training.model.parameters()]
     with Checkpointer(url, training.state, Policy(durable_every=0)) as checkpointer:
-        for step in range(1, 6):
+        for step in range(1, 11):
             training.step()
             handle = checkpointer.save(step)
-            if (step, rank) == (3, torn_rank):
-                for parameter in training.model.parameters():
-                    parameter.data.add_(1.0)  # a defect of the program: it did not pass the fence
+            if rank == torn_rank and step >= 3 and step % 2:
+                torch._foreach_add_(values, 1.0)  # a defect of the program: it did not pass the fence
             error = handle.durable("memory").exception(60)
-            outcomes[step] = None if error is None else [type(error).__name__, str(error)]
+            outcomes[str(step)] = None if error is None else [type(error).__name__, str(error)]
             checkpointer.fence()
             dist.barrier()
     return outcomes

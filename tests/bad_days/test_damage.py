@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,10 @@ def damage_memory(agents: Agents, step: int, rank: int, damage: Damage) -> None:
     for path in agents.shared_memory(agents.one()):
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
             header = memory[8 : begin_of_data(memory[:8])]
-            if f'"step":"{step}"'.encode() not in header.replace(b" ", b"") or f'"rank":"{rank}"'.encode() not in header:
+            if (
+                f'"step":"{step}"'.encode() not in header.replace(b" ", b"")
+                or f'"rank":"{rank}"'.encode() not in header
+            ):
                 continue
             image = bytearray(memory[:])
             damage(image)
@@ -51,19 +55,19 @@ def damage_file(path: Path, damage: Damage) -> None:
     path.write_bytes(image)
 
 
-def saved(make: Make, tmp_path: Path, steps: int = 4, **policy: object) -> Path:
+def saved(make: Make, tmp_path: Path, **policy: Any) -> Path:
     """A run of some steps, whole at every level, whose agent and memory are still there."""
     url = tmp_path / "url"
     training = Training()
     saving = make(url, training.state, **policy)
-    (*_, last) = training.run(1, steps, saving)
+    (*_, last) = training.run(1, 4, saving)
     for level in last.levels:
         last.durable(level).result(LONG_S)
     assert saving.close(keep_memory=True) == []
     return url
 
 
-def restored(make: Make, url: Path, step: int, **policy: object) -> Checkpointer:
+def restored(make: Make, url: Path, step: int, **policy: Any) -> Checkpointer:
     """Restore into another training, and check every bit of it."""
     training = Training(seed=11)
     loading = make(url, training.state, **policy)

@@ -37,7 +37,9 @@ def test_a_thousand_saves_leave_memory_descriptors_threads_and_shared_memory_as_
     checkpointer: Make, agents: Agents, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
     training = Training()
-    saving = checkpointer(tmp_path / "url", training.state, durable_every=100, local=str(tmp_path / "local"), local_every=20)
+    saving = checkpointer(
+        tmp_path / "url", training.state, durable_every=100, local=str(tmp_path / "local"), local_every=50
+    )
     shared = set(os.listdir("/dev/shm"))
 
     def figures(first: int, last: int) -> tuple[dict[str, int], int, int]:

@@ -70,9 +70,9 @@ def test_a_url_that_cannot_be_written_at_all_is_refused_at_the_start(checkpointe
         checkpointer(small_disk / "run", Training().state)
 
 
-# A file system of somebody else, as fsspec finds it: by an entry point of an installed package. It keeps what it is given
-# in a folder, and while the file `stall` is there no write comes back.
-STALLING = '''
+# A file system of somebody else, as fsspec finds it: by an entry point of an installed package. It keeps what it is
+# given in a folder, and while the file `stall` is there no write of an image comes back.
+STALLING = """
 import os, time
 from fsspec.implementations.local import LocalFileSystem
 
@@ -87,7 +87,7 @@ class StallingFileSystem(LocalFileSystem):
         while "safetensors" in path and "w" in mode and os.path.exists(os.environ["STALL_WHILE"]):
             time.sleep(0.02)
         return super().open(path, mode, **kwargs)
-'''
+"""
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_an_agent_killed_in_mid_capture_fails_that_handle_with_agent_lost_and_no
 
 
 def test_an_agent_killed_while_it_writes_fails_that_level_and_a_later_step_is_written(
-    checkpointer: Make, agents: Agents, tmp_path: Path
+    checkpointer: Make, agents: Agents, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
     training = Training(width=512, layers=8)
     url = tmp_path / "url"
@@ -73,6 +73,7 @@ def test_an_agent_killed_while_it_writes_fails_that_level_and_a_later_step_is_wr
     training.run(4, 4, saving)[0].durable("durable").exception(LONG_S)
     training.run(5, 5, saving)[0].durable("durable").result(LONG_S)
     assert saving.close() == []
+    eventually(lambda: agents.pids() == [], "the agent has ended, its deletions done")
     left = [path.name for path in url.rglob("*") if path.name.startswith(".") and path.name.endswith(".part")]
     assert left == [], "half-written files of dead agents are still there"
 

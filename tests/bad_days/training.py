@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from resilient.checkpoint.checkpointer import Checkpointer
 from resilient.checkpoint.digest import digest
@@ -42,8 +43,8 @@ class Training:
         """A copy of every tensor of the state, by name."""
         found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for number, parameter in enumerate(self.model.parameters()):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
+            for path, value in tree_leaves_with_path(self.optimizer.state.get(parameter, {})):
+                found[f"optimizer.{number}{keystr(path)}"] = torch.as_tensor(value)
         found["rng"] = torch.get_rng_state()
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
@@ -60,7 +61,9 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
     """The names of the tensors that are not the same, bit for bit."""
     same = {
-        name for name in one.keys() & other.keys() if one[name].shape == other[name].shape and _bytes(one[name]) == _bytes(other[name])
+        name
+        for name in one.keys() & other.keys()
+        if one[name].shape == other[name].shape and _bytes(one[name]) == _bytes(other[name])
     }
     return sorted((one.keys() | other.keys()) - same)
 

@@ -1,7 +1,7 @@
 """Forks processes that have imported torch already, so that a test can have dozens of real ones and kill them.
 
-Run as `python zygote.py <checkout>`; one JSON request a line on stdin, one process id a line on stdout. A forked process
-runs `module:function(**arguments)`, writes what it returned (or its traceback) to a file, and ends as any Python
+Run as `python zygote.py <checkout>`; one JSON request a line on stdin, one process id a line on stdout. A forked
+process runs `module:function(**arguments)`, writes what it returned (or its error) to a file, and ends as any Python
 process does. `conftest.py` has the other end.
 """
 
@@ -25,7 +25,8 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            return _work(request)
+            _work(request)
+            return
         print(pid, flush=True)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench.call_and_stall import cost_of
+from bench.call_and_stall import OURS, cost_of, scatter
 from bench.plot import draw
 from bench.processes import Place
 from bench.report import Report, Rounds, Target, add, figure, least, ratio, target_line, write_json
@@ -11,7 +11,7 @@ from bench.settings import Settings
 
 
 def test_a_ratio_is_the_median_of_the_ratios_within_each_round() -> None:
-    assert ratio([1.0, 10.0, 300.0], [2.0, 10.0, 100.0]) == 1.0  # the ratio of the medians would be 1/2 of another
+    assert ratio([1.0, 10.0, 300.0], [2.0, 5.0, 300.0]) == 1.0  # the ratio of the medians would be 2
 
 
 def test_a_round_without_one_side_does_not_count() -> None:
@@ -40,11 +40,24 @@ def test_a_method_that_failed_in_one_round_keeps_its_other_rounds_in_place() -> 
     assert rounds.series("absent", "call") == [None, None, None]
 
 
-def test_a_negative_stall_counts_as_none() -> None:
+def test_a_stall_lost_in_the_noise_counts_as_the_noise_for_us_and_as_none_for_a_peer() -> None:
     rounds = Rounds()
     rounds.begin()
-    rounds.add("quick", {"call": 1.0, "stall": -0.5})
-    assert cost_of(rounds, "quick") == [1.0]
+    for method in (OURS[0], "a peer"):
+        rounds.add(method, {"call": 1.0, "stall": -0.5, "noise": 0.25})
+    assert cost_of(rounds, OURS[0]) == [1.25]
+    assert cost_of(rounds, "a peer") == [1.0]
+
+
+def test_a_stall_above_the_noise_counts_as_it_is() -> None:
+    rounds = Rounds()
+    rounds.begin()
+    rounds.add(OURS[0], {"call": 1.0, "stall": 2.0, "noise": 0.25})
+    assert cost_of(rounds, OURS[0]) == [3.0]
+
+
+def test_one_outlier_does_not_move_the_scatter() -> None:
+    assert scatter([1.0, 1.1, 0.9, 1.0, 1.1]) == scatter([1.0, 1.1, 0.9, 1.0, 50.0])
 
 
 def test_a_target_is_reached_on_its_bound_and_missed_beyond_it() -> None:

@@ -57,7 +57,10 @@ class Unusual(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
         state: dict[Any, Any] = self.state
-        state["seen"] = {"steps": state.get("seen", {"steps": 0})["steps"] + 1, "last": torch.randn(2)}
+        seen = state.setdefault(
+            "seen", {"steps": 0}
+        )  # stays the same object, so that nothing but `flag` tells of change
+        seen.update(steps=seen["steps"] + 1, last=torch.randn(2))
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -152,3 +155,23 @@ def test_groups_find_each_other_by_their_parameters(tmp_path: Path) -> None:
     with checkpointing(tmp_path, job) as checkpointer:
         checkpointer.restore()
     assert [group["lr"] for group in job.state["optimizer"].param_groups] == [1.3, 1.2, 1.1]
+
+
+def test_a_tensor_that_groups_share_is_not_given_the_values_of_two(tmp_path: Path) -> None:
+    def make(first: Tensor, second: Tensor) -> Job:
+        model = Network()
+        groups = [
+            {"params": model.inner[0].parameters(), "lr": first},
+            {"params": model.inner[3].parameters(), "lr": second},
+        ]
+        return Job({"model": model, "optimizer": torch.optim.AdamW(groups)}, lambda: None)
+
+    with checkpointing(tmp_path, make(torch.tensor(0.1), torch.tensor(0.2))) as checkpointer:
+        checkpointer.save(1).durable("durable").result(30)
+    shared = torch.tensor(0.5)
+    job = make(shared, shared)
+    with checkpointing(tmp_path, job) as checkpointer:
+        checkpointer.restore()
+    rates = [group["lr"] for group in job.state["optimizer"].param_groups]
+    assert rates == [torch.tensor(0.1), torch.tensor(0.2)]
+    assert rates[0] is shared
