@@ -61,7 +61,10 @@ class Leaf:
 
 @dataclass(slots=True)
 class Mixed:
-    """The states of some parameters of an optimizer that all have the same names: of tensors, and of other things."""
+    """The states of some parameters of an optimizer that all have the same names: of tensors, and of other things.
+
+    What becomes a tensor only later may stay among the others: it is saved with them, whatever it is.
+    """
 
     tensors: tuple[Any, ...]
     others: tuple[Any, ...]
@@ -233,7 +236,7 @@ def _walk_optimizer(found: Leaves, optimizer: Optimizer, item: str) -> None:
             if parameter in optimizer.state:
                 _walk_parameter_state(found, optimizer.state[parameter], leaf, item)
     for mixed in found.mixed[item].values():
-        watch.add_columns(mixed.states, mixed.tensors, mixed.others)
+        watch.add_columns(mixed.states, mixed.tensors)
 
 
 def _parameter_of(found: Leaves, parameter: Tensor, item: str, group: int, index: int) -> Leaf:

@@ -28,11 +28,11 @@ class Watch:
 
     def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any]) -> None:
         """Watch only some values of a mapping."""
-        self._views.append(_Columns([container], keys, ()))
+        self._views.append(_Columns([container], keys))
 
-    def add_columns(self, rows: Sequence[Mapping[Any, object]], keys: Sequence[Any], types: Sequence[Any]) -> None:
-        """Watch some values of mappings that have the same keys, and of others, which change, only the types."""
-        self._views.append(_Columns(rows, keys, types))
+    def add_columns(self, rows: Sequence[Mapping[Any, object]], keys: Sequence[Any]) -> None:
+        """Watch some values of many mappings that have the same keys."""
+        self._views.append(_Columns(rows, keys))
 
     def freeze(self) -> None:
         self._seen = list(chain.from_iterable(self._views))
@@ -48,10 +48,8 @@ class Watch:
 class _Columns:
     rows: Sequence[Mapping[Any, object]]
     keys: Sequence[Any]
-    types: Sequence[Any]
 
     def __iter__(self) -> Iterator[object]:
         columns: list[Iterable[object]] = [map(len, self.rows)]
         columns += [map(itemgetter(key), self.rows) for key in self.keys]
-        columns += [map(type, map(itemgetter(key), self.rows)) for key in self.types]
         return chain.from_iterable(columns)

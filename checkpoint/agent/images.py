@@ -258,8 +258,9 @@ class Images:
             self._tell_free(slot)
 
     def restored(self, rank: int, slot_id: int) -> None:
-        """The trainer goes on from one image. Its others are damaged, or of steps that it will do again."""
-        self.slots.owned(slot_id, rank, SlotState.SEALED)
+        """The trainer goes on from one image (0: from none of these). Its others are damaged, or will be made again."""
+        if slot_id:
+            self.slots.owned(slot_id, rank, SlotState.SEALED)
         for slot in self.slots.of(rank):
             if slot.id != slot_id and slot.state is SlotState.SEALED:
                 slot.released = True

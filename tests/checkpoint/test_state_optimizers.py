@@ -57,9 +57,7 @@ class Unusual(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
         state: dict[Any, Any] = self.state
-        seen = state.setdefault(
-            "seen", {"steps": 0}
-        )  # stays the same object, so that nothing but `flag` tells of change
+        seen = state.setdefault("seen", {"steps": 0})  # always the same object
         seen.update(steps=seen["steps"] + 1, last=torch.randn(2))
         for group in self.param_groups:
             for parameter in group["params"]:
