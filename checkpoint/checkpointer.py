@@ -186,19 +186,21 @@ class Checkpointer:
         )
 
     def _present_plan(self) -> Plan:
-        if self._plan is None or not self._found.watch.unchanged():
+        plan = self._plan  # the capture thread may take it away at any time (`_failed`)
+        if plan is None or not self._found.watch.unchanged():
             self._found = walk(self._state)
-            self._plan = make_plan(self._found, self.world.rank, self._early)
+            plan = self._plan = make_plan(self._found, self.world.rank, self._early)
             self.statistics.plans += 1
-        return self._plan
+        return plan
 
     def _failed(self, step: int, error: ResilientError) -> None:
-        """On the capture thread. A buffer that changes in forward is copied inside `save` from now on."""
+        """On the capture thread. What changes although no optimizer holds it is copied inside `save` from now on."""
         self._pending.fail("memory", step, error)
-        if isinstance(error, TornCapture) and self._plan is not None:
-            buffers = {one.leaf.key for one in self._plan.planned if one.leaf.kind == "buffer"} & set(error.tensors)
-            if buffers:
-                self._early |= buffers
+        plan = self._plan
+        if isinstance(error, TornCapture) and plan is not None:
+            unfenced = {one.leaf.key for one in plan.planned if one.leaf.kind not in ("parameter", "optimizer")}
+            if unfenced & set(error.tensors):
+                self._early |= unfenced & set(error.tensors)
                 self._plan = None
 
     def _report(self) -> None:

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 _WORDS = (4, 2, 1)
-_TOTAL = 1 << 16
+_TOTAL = 1 << 15
 _MOST = 32
-_LEAST = 4
+_LEAST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,12 @@ class Fingerprints:
     """Where to sample each of a plan's tensors. Made once per plan; holds addresses, so its owner keeps the tensors."""
 
     def __init__(self, sampled: Sequence[Sampled]) -> None:
-        self._gathers = [
-            gather for word in _WORDS if (gather := _gather([(i, s) for i, s in enumerate(sampled)], word)) is not None
-        ]
+        each = max(_LEAST, min(_MOST, _TOTAL // max(1, len(sampled))))
+        by_word: dict[int, list[tuple[int, Sampled]]] = {word: [] for word in _WORDS}
+        for number, one in enumerate(sampled):
+            if one.stop > one.start:
+                by_word[_word_of(one)].append((number, one))
+        self._gathers = [_gather(rows, word, each) for word, rows in by_word.items() if rows]
 
     def take(self) -> Samples:
         """Read the samples now. Costs some ten nanoseconds a sample; blocks on nothing."""
@@ -72,15 +75,11 @@ class Fingerprints:
         return sorted(bad)
 
 
-def _gather(sampled: list[tuple[int, Sampled]], word: int) -> _Gather | None:
-    each = max(_LEAST, min(_MOST, _TOTAL // max(1, len(sampled))))
-    chosen = [(i, s) for i, s in sampled if s.stop > s.start and _word_of(s) == word]
-    even = [(i, s) for i, s in chosen if s.tensor.is_contiguous()]
-    parts = [_words(i, s, word, each) for i, s in chosen if not s.tensor.is_contiguous()]
+def _gather(sampled: list[tuple[int, Sampled]], word: int, each: int) -> _Gather:
+    even = [(i, s) for i, s in sampled if s.tensor.is_contiguous()]
+    parts = [_words(i, s, word, each) for i, s in sampled if not s.tensor.is_contiguous()]
     if even:
         parts.append(_words_of_many(even, word, each))
-    if not parts:
-        return None
     addresses, positions, owners = (np.concatenate(column) for column in zip(*parts, strict=True))
     base = int(addresses.min())
     span = int(addresses.max()) - base + word
@@ -97,7 +96,7 @@ def _gather(sampled: list[tuple[int, Sampled]], word: int) -> _Gather | None:
 def _word_of(one: Sampled) -> int:
     """The largest word that divides an element, its address and its place in the image."""
     together = one.tensor.element_size() | one.tensor.data_ptr() | one.image_offset
-    return next((word for word in _WORDS if together % word == 0), 1)
+    return min(_WORDS[0], together & -together)
 
 
 _Columns = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]

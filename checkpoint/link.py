@@ -142,10 +142,12 @@ class AgentLink:
             raise AgentLost(f"the agent is gone, and starting another failed; it is tried every {self._pause_s:g} s")
         try:
             return self.client()
-        except ResilientError:
+        except (ResilientError, OSError) as error:
             self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
             self._retry_at = time.monotonic() + self._pause_s
-            raise
+            if isinstance(error, ResilientError):
+                raise
+            raise LevelFailed(f"no agent can be reached: {error}") from error
 
     def _let_go(self) -> None:
         """Forget a client that is lost, and what was mapped of its agent."""

@@ -20,7 +20,7 @@ from resilient.checkpoint.objects import decode, encode
 from resilient.checkpoint.refusals import type_name
 from resilient.errors import LayoutMismatch, StateError
 
-__all__ = ["Kind", "ObjectState", "check_state", "classify", "unwrapped"]
+__all__ = ["Kind", "ObjectState", "check_state", "classify"]
 
 
 class Kind(Enum):
@@ -55,17 +55,6 @@ def classify(name: str, value: object) -> Kind:
     if isinstance(value, MutableMapping):
         return Kind.MAPPING
     raise StateError(f"state[{name!r}] cannot be saved: it is {type_name(value)}; {_todo(name, value)}")
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile, whose names do not depend on them."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = module.module
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
 
 
 def check_state(state: Mapping[str, object]) -> dict[str, "ObjectState"]:

@@ -146,6 +146,8 @@ class Node:
                     session.send(event)
             elif to == LEADER and self.by_rank:
                 self.by_rank[min(self.by_rank)].send(event)
+            else:
+                self.send(to, event)
             if event["event"] == "complete" and event["level"] != MEMORY:
                 self.writing.retain(event["level"], event["step"])
 

@@ -45,7 +45,7 @@ class Snapshot:
     """One attempt at one step.
 
     `sessions` are the connections of the ranks that take part in it, `final` the ranks of this node whose bytes are
-    final, `arrived` those whose image is at a level.
+    final, `arrived` those whose image is at a level. `failures` are the events that told of what failed.
     """
 
     key: int
@@ -58,6 +58,7 @@ class Snapshot:
     final: set[int] = field(default_factory=set)
     arrived: dict[str, set[int]] = field(default_factory=lambda: {MEMORY: set()})
     progress: dict[str, Progress] = field(default_factory=lambda: {MEMORY: Progress.DUE})
+    failures: list[Message] = field(default_factory=list)
 
     def is_complete(self, level: str = MEMORY) -> bool:
         return self.progress.get(level) is Progress.COMPLETE
@@ -120,7 +121,8 @@ class Snapshots:
         if found is None:
             found = self._new(step, self.world_size, self.node_ranks)
         found.sessions[rank] = session
-        return found, told
+        # What failed before this rank came to the step was told before it awaited anything of it: once more, then.
+        return found, told + [Tell(rank, event) for event in found.failures]
 
     def adopt(self, step: int, world_size: int) -> Snapshot:
         """A place for images that were read from another level. It never counts as complete in memory."""
@@ -176,6 +178,7 @@ class Snapshots:
             if not snapshot.progress[each].settled:
                 snapshot.progress[each] = Progress.FAILED
                 told.append(_failed(each, snapshot.step, rank, reason))
+                snapshot.failures.append(told[-1].event)
         return told
 
     def fail_step(self, level: str, step: int, rank: int, reason: str) -> list[Tell]:

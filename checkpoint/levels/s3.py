@@ -82,9 +82,7 @@ class S3Write:
                 self._request("abort_multipart_upload", **self._target, UploadId=upload)
             raise
 
-    def _send(
-        self, upload: str, first: bytes, second: bytes, rest: Iterator[bytes]
-    ) -> list[dict[str, Any]]:
+    def _send(self, upload: str, first: bytes, second: bytes, rest: Iterator[bytes]) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
         under_way: deque[Future[dict[str, Any]]] = deque()
         with ThreadPoolExecutor(PARTS_UNDER_WAY, thread_name_prefix="resilient-part") as pool:
@@ -104,6 +102,7 @@ class S3Write:
 
     def _send_part(self, upload: str, number: int, part: bytes) -> dict[str, Any]:
         request = {**self._target, "UploadId": upload, "PartNumber": number}
+
         # aiohttp asks for large bodies as files; each attempt reads its own from the beginning.
         def attempt() -> dict[str, Any]:
             return self._once("upload_part", **request, Body=BytesIO(part))

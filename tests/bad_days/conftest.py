@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from resilient.checkpoint.checkpointer import Checkpointer
 from resilient.policy import Policy
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _LONG_S = 60.0
+torch.set_num_threads(1)  # the trainings here are tiny, and two threads for one of them only get in each other's way
 
 
 @pytest.fixture(scope="session")

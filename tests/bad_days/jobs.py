@@ -92,7 +92,7 @@ def replicas(
 
 
 def tear(rank: int, world_size: int, meeting: str, url: str, torn_rank: int) -> dict[str, Any]:
-    """Each rank saves its own big model; one changes its parameters while a capture is under way, at odd steps from 3."""
+    """Each rank saves its own big model; one changes it while a capture is under way, at odd steps from 3."""
     join(rank, world_size, meeting)
     training = Training(width=768, layers=4, seed=rank)
     outcomes: dict[str, Any] = {}
@@ -177,3 +177,17 @@ def hold(url: str, **policy: Any) -> None:
     training.run(1, 1, checkpointer)[-1].durable("durable").result(60)
     tell("holding")
     threading.Event().wait()
+
+
+def late(rank: int, world_size: int, meeting: str, url: str) -> str:
+    """Rank 1 has no memory for its image, and says so before rank 0 begins the step; the error that each rank gets."""
+    join(rank, world_size, meeting)
+    training = Training()
+    budget = 50_000 if rank == 1 else None
+    with Checkpointer(url, training.state, Policy(durable_every=0, memory_budget=budget)) as checkpointer:
+        if rank == 0:
+            dist.barrier()
+        error = checkpointer.save(1).durable("memory").exception(20)
+        if rank == 1:
+            dist.barrier()
+    return type(error).__name__

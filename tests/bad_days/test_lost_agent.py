@@ -2,6 +2,7 @@
 
 import os
 import select
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -133,3 +134,36 @@ def test_closing_does_not_wait_for_ever_for_an_agent_that_hangs(
     began = time.monotonic()
     assert any("still being written" in problem or "answer" in problem for problem in saving.close())
     assert time.monotonic() - began < 15.0
+
+
+def test_a_node_on_which_no_agent_can_start_costs_little_and_is_tried_again(
+    checkpointer: Make, agents: Agents, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    training = Training()
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=0)
+    training.run(1, 1, saving)[-1].durable("memory").result(LONG_S)
+    agents.signal(signal.SIGKILL)
+    (folder,) = agents.runtime_dir.iterdir()
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    began = time.monotonic()
+    handles = training.run(2, 20, saving)
+    assert all(isinstance(handle.durable("memory").exception(LONG_S), ResilientError) for handle in handles)
+    assert time.monotonic() - began < 5.0
+    folder.unlink()
+    steps = iter(range(21, 10_000))
+
+    def safe() -> bool:
+        (handle,) = training.run(step := next(steps), step, saving)
+        return handle.durable("memory").exception(LONG_S) is None
+
+    eventually(safe, "a save finds an agent again")
+
+
+def test_a_step_that_is_saved_again_settles_the_handle_of_the_first_attempt(checkpointer: Make, tmp_path: Path) -> None:
+    training = Training(width=512, layers=8)
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=0)
+    handles = [saving.save(7) for _ in range(4)]
+    assert handles[-1].durable("memory").result(LONG_S) == 7
+    errors = [handle.durable("memory").exception(LONG_S) for handle in handles[:-1]]
+    assert all(error is None or isinstance(error, SnapshotSkipped) for error in errors)

@@ -97,3 +97,11 @@ def test_a_snapshot_that_does_not_fit_one_rank_is_refused_on_all_and_overwrites_
     values = [child.value() for child in trainers.ranks("refuse", url=url, durable_every=1, odd_rank=1)]
     assert [(value["error"], value["untouched"]) for value in values] == [("LayoutMismatch", True)] * 2
     assert all("model." in value["message"] for value in values)
+
+
+def test_a_failure_that_came_before_a_rank_saved_the_step_is_told_to_it_all_the_same(
+    trainers: Trainers, tmp_path: Path
+) -> None:
+    first, second = (child.value() for child in trainers.ranks("late", url=str(tmp_path / "url")))
+    assert second == "OverBudget"
+    assert first == "RankFailed"

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import SGD, lr_scheduler
 
 from resilient.checkpoint.objects import decode, encode
-from resilient.checkpoint.stateful import Kind, ObjectState, check_state, classify, unwrapped
+from resilient.checkpoint.stateful import Kind, ObjectState, check_state, classify
 from resilient.errors import LayoutMismatch, StateError
 
 
@@ -144,13 +144,6 @@ def test_wrappers_are_taken_off_in_any_order(one_process_group: None) -> None:
     ):
         assert isinstance(wrapped, nn.Module)
         assert classify("model", wrapped) is Kind.MODULE
-        assert unwrapped(wrapped) is model
-
-
-def test_a_users_module_called_module_is_not_taken_for_a_wrapper() -> None:
-    outer = nn.Module()
-    outer.module = nn.Linear(1, 1)
-    assert unwrapped(outer) is outer
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,10 +8,11 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from resilient.checkpoint.agent.client import AgentClient, Hello, Slot
+from resilient.checkpoint.levels.store import MemoryStore
 from resilient.errors import AgentLost
 from resilient.policy import Policy
 
@@ -130,6 +131,24 @@ def main() -> None:
     print(json.dumps({"agent": trainer.client.status()["pid"]}), flush=True)
     while True:
         time.sleep(60)
+
+
+class GatedStore(MemoryStore):
+    """Images wait for a gate to open; `fail` makes each write of one fail."""
+
+    def __init__(self, gate: threading.Event, url: str) -> None:
+        super().__init__(url)
+        self.gate = gate
+        self.begun = 0
+        self.fail: Exception | None = None
+
+    def write(self, name: str, chunks: Iterable[memoryview], *, exclusive: bool = False) -> None:
+        if name.endswith(".safetensors"):
+            self.begun += 1
+            assert self.gate.wait(60)
+            if self.fail is not None:
+                raise self.fail
+        super().write(name, chunks, exclusive=exclusive)
 
 
 if __name__ == "__main__":
