@@ -108,6 +108,8 @@ class Slots:
     def clear(self, slot: Slot) -> None:
         """Forget the image. Its bytes may be overwritten from now on."""
         assert slot.pins == 0, slot
+        if slot.snapshot is not None:
+            slot.snapshot.gone = True
         slot.state, slot.snapshot, slot.image_bytes, slot.released = SlotState.FREE, None, 0, False
 
     def recycle(self) -> list[Slot]:

@@ -45,7 +45,8 @@ class Snapshot:
     """One attempt at one step.
 
     `sessions` are the connections of the ranks that take part in it, `final` the ranks of this node whose bytes are
-    final, `arrived` those whose image is at a level. `failures` are the events that told of what failed.
+    final, `arrived` those whose image is at a level. It is `gone` once an image of it has left the memory. `failures`
+    are the events that told of what failed.
     """
 
     key: int
@@ -54,6 +55,7 @@ class Snapshot:
     node_ranks: frozenset[int]
     adopted: bool = False
     superseded: bool = False
+    gone: bool = False
     sessions: dict[int, int] = field(default_factory=dict)
     final: set[int] = field(default_factory=set)
     arrived: dict[str, set[int]] = field(default_factory=lambda: {MEMORY: set()})
@@ -207,7 +209,7 @@ class Snapshots:
 
     def newest_complete(self) -> Snapshot | None:
         """The snapshot to go back to: the newest of the latest attempt, else the newest of an earlier one."""
-        complete = [snapshot for snapshot in self._held.values() if snapshot.is_complete()]
+        complete = [each for each in self._held.values() if each.is_complete() and not each.gone]
         return max(complete, key=lambda each: (not each.superseded, each.step, each.key), default=None)
 
     def is_needed(self, snapshot: Snapshot) -> bool:

@@ -356,7 +356,9 @@ class Ranks(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         newest = self.world.snapshots.newest_complete()
-        current = [each for each in self.world.snapshots.all() if each.is_complete() and not each.superseded]
+        current = [
+            each for each in self.world.snapshots.all() if each.is_complete() and not each.superseded and not each.gone
+        ]
         assert not current or newest is max(current, key=lambda each: each.step)
 
 
