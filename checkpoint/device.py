@@ -69,10 +69,12 @@ def _spread(flat: Tensor) -> Tensor:
 
 def pin(address: int, nbytes: int) -> None:
     """Page-lock memory that is mapped already, so that copies from a device to it run by themselves."""
-    status: Any = torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)
+    runtime: Any = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(address, nbytes, 0)
     if int(status) not in (0, 712):  # 712: registered before
         raise RuntimeError(f"cudaHostRegister of {nbytes} bytes failed with status {int(status)}")
 
 
 def unpin(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)

@@ -216,7 +216,8 @@ def _reshard(module: nn.Module) -> None:
     if kind is not None:
         for part in module.modules():
             if isinstance(part, kind):
-                part.reshard()
+                sharded: Any = part
+                sharded.reshard()
 
 
 def _walk_optimizer(found: Leaves, optimizer: Optimizer, item: str) -> None:

@@ -73,7 +73,7 @@ def join_world() -> World:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         return World(rank=0, world_size=1, nodes=(node_name(),))
-    group = dist.new_group(backend="gloo")
+    group: Any = dist.new_group(backend="gloo")
     alone = World(rank=rank, world_size=world_size, nodes=("",) * world_size, group=group)
     nodes = tuple(alone.gather(node_name()))
     return World(rank=rank, world_size=world_size, nodes=nodes, group=group)

@@ -54,9 +54,10 @@ class RemoteStore(Store):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         import fsspec
+        from fsspec.utils import get_protocol
 
         self.url = url.rstrip("/")
-        self.protocol = fsspec.utils.get_protocol(url)
+        self.protocol = get_protocol(url)
         if self.protocol in S3_PROTOCOLS and part_bytes < LEAST_PART_BYTES:
             raise ValueError(f"part_bytes is {part_bytes}; S3 takes no parts below {LEAST_PART_BYTES} bytes")
         options = {"use_listings_cache": False, "skip_instance_cache": True, **(storage_options or {})}

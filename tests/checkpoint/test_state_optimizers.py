@@ -56,7 +56,7 @@ class Unusual(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
-        state: dict[Any, Any] = self.state
+        state: Any = self.state
         seen = state.setdefault("seen", {"steps": 0})  # always the same object
         seen.update(steps=seen["steps"] + 1, last=torch.randn(2))
         for group in self.param_groups:

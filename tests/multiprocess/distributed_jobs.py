@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -128,9 +129,7 @@ class Partly(Optimizer):
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
-                    state["mean"] = parameter.grad.redistribute(
-                        placements=[torch.distributed.tensor.Replicate()]
-                    ).clone()
+                    state["mean"] = parameter.grad.redistribute(placements=[Replicate()]).clone()
                     state["local"] = torch.zeros(3 + dist.get_rank())
                     state["half"] = parameter.grad.to(torch.bfloat16)
                     state["calls"] = 0
