@@ -53,6 +53,7 @@ def _receive_window(
     world: World, source: int, begin: int, part: torch.Tensor, blocks: Sequence[str], own: Image
 ) -> None:
     """Fill `part` on every rank. They agree on whether it arrived: one alone cannot repeat a broadcast."""
+    bad: list[list[int]] = []
     for _ in range(_ATTEMPTS):
         if world.rank == source:
             part.copy_(torch.frombuffer(bytearray(own.view[begin : begin + len(part)]), dtype=torch.uint8))

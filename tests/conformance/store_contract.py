@@ -194,8 +194,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        make: Any = type(self).make
-        self.store = make()
+        machine: Any = type(self)
+        self.store = machine.make()
         self.model = MemoryStore()
 
     @rule(name=st.sampled_from(NAMES), chunks=st.lists(st.binary(max_size=9000), max_size=3), exclusive=st.booleans())
@@ -250,6 +250,9 @@ def machine_for(make: Callable[[], Store], *, examples: int, steps: int) -> None
     """Run the machine on stores that `make` makes, each empty."""
     machine = type("Machine", (StoreMachine,), {"make": staticmethod(make)})
     limits = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=tuple(HealthCheck)
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=[*HealthCheck.__members__.values()],
     )
     run_state_machine_as_test(machine, settings=limits)
