@@ -79,7 +79,11 @@ class Checkpointer:
         hello = hello_of(self._policy.run_identity(self._url, os.environ), self._url, self.world, self._policy)
         self._board = Board.of(self.world, hello.run_id)
         self._link = AgentLink(
-            hello, self._policy, self._pending, self._board, life=self.world.gather(secrets.token_hex(8))[0]
+            hello,
+            self._policy,
+            self._pending,
+            self._board,
+            life=self.world.gather(f"{time.time_ns():016x}{secrets.token_hex(4)}")[0],
         )
         self._capture = Capture(
             self._link,

@@ -48,10 +48,11 @@ class Pending:
         self.failed = 0
 
     def add(self, handle: SaveHandle) -> None:
-        """Await this handle. One that is still awaited for the same step is superseded: a run went back."""
-        before = self._handles.get(handle.step)
-        if before is not None:
-            self.fail("memory", handle.step, SnapshotSkipped(f"step {handle.step} was saved again before it was safe"))
+        """Await this handle. What is still awaited for this step or a later one is superseded: the run went back."""
+        for earlier in self.waiting():
+            if earlier.step >= handle.step:
+                reason = f"step {earlier.step} was not safe yet when the run went back to step {handle.step}"
+                self.fail("memory", earlier.step, SnapshotSkipped(reason))
         with self._lock:
             self._handles[handle.step] = handle
 

@@ -212,6 +212,8 @@ class AgentLink:
     # ---- events, on the client's listener thread
 
     def _on_event(self, event: dict[str, Any]) -> None:
+        if event.get("superseded"):
+            return  # of an earlier attempt at the step: `Pending.add` has settled what awaited that
         kind = event.get("event")
         if kind == "complete":
             self._pending.complete(event["level"], event["step"])

@@ -56,6 +56,7 @@ class Node:
         self.policy: Policy | None = None
         self.by_rank: dict[int, Session] = {}
         self.claim: ClaimKeeper | None = None
+        self.former_claim: ClaimKeeper | None = None  # it may still be on its way back
         self.snapshots = Snapshots()
         self.images = Images(self, loop, self.snapshots)
         self._stores = Stores(open_store)
@@ -261,8 +262,8 @@ class Node:
         """Without trainers and with nothing to write, another job may have the URL; rank 0 claims it again."""
         if self.claim is None or not self._claimed or self.by_rank or self.is_busy or self.is_dismissed:
             return
-        self._claimed, claim, self.claim = False, self.claim, None
-        claim.release(timeout_s=0)
+        self._claimed, self.former_claim, self.claim = False, self.claim, None
+        self.former_claim.release(timeout_s=0)
 
     def _on_claim_lost(self, error: ResilientError) -> None:
         """Another job has the URL: write nothing more to it, until rank 0 comes back and gets it again."""

@@ -164,8 +164,9 @@ class Agent:
             session.close("the agent ends")
         self._node.writing.close()
         self._node.images.close()
-        if self._node.claim is not None:
-            self._node.claim.release(timeout_s=GRACE_S)
+        for claim in (self._node.claim, self._node.former_claim):
+            if claim is not None:
+                claim.release(timeout_s=GRACE_S)
         self._loop.close()
         log.info("agent %d has ended", os.getpid())
         self._remove_folder()

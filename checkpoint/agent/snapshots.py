@@ -263,7 +263,9 @@ class Snapshots:
                 snapshot.superseded = True
                 for level in LEVELS:
                     if level in snapshot.progress:
-                        told += self.fail(snapshot.key, level, None, f"the run went back to step {step}")
+                        failed = self.fail(snapshot.key, level, None, f"the run went back to step {step}")
+                        # Said so, for the same step number may already be awaited of the new attempt.
+                        told += [Tell(to, {**event, "superseded": True}) for to, event in failed]
         return told
 
     def _completed(self, snapshot: Snapshot, level: str) -> list[Tell]:
