@@ -23,7 +23,7 @@ from resilient.errors import DamagedImage, LevelFailed
 
 _TEMPORARY = re.compile(r"^\..*\.([0-9a-f]{8})-(\d+)-(\d+)-(\d+)\.part$")
 _FOREIGN_STALE_S = 24 * 3600  # after a day without a write, a temporary file of another host is taken for left over
-_OPEN_ATTEMPTS = 10
+_OPEN_ATTEMPTS = 200  # each costs some microseconds, and a remover in a tight loop wins many of them
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space, or keep fewer snapshots",
     errno.EDQUOT: "the quota is used up: free space, or keep fewer snapshots",
