@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from resilient.checkpoint.leaves import Leaf, Leaves, Mixed, modules_of
+from resilient.checkpoint.leaves import Leaf, Leaves, Mixed
 from resilient.checkpoint.objects import Encoded, encode
 from resilient.checkpoint.rng import capture_rng, restore_rng
 from resilient.checkpoint.stateful import ObjectState
@@ -37,7 +37,7 @@ class Extras:
             if isinstance(held, Optimizer):
                 value[item] = _optimizer_values(held, found, item)
             elif isinstance(held, nn.Module):
-                value[item] = _extra_states(held)
+                value[item] = {name: part.get_extra_state() for name, part in found.extra[item].items()}
             elif item in self._objects:
                 value[item] = self._objects[item].capture()
         encoded = encode(value, "state")
@@ -59,7 +59,7 @@ class Extras:
                 saved = list(zip(groups[item], value[item]["param_groups"], strict=True))
                 notes += _apply_groups(held, saved, found.groups[item], item)
             elif isinstance(held, nn.Module):
-                notes += _apply_extra_states(held, value[item], item)
+                notes += _apply_extra_states(found.extra[item], value[item], item)
             else:
                 self._objects[item].apply(value[item])
                 # A StatefulDataLoader makes its iterator when it is next asked for anything, and draws a random number
@@ -154,25 +154,9 @@ def _given(live: Any, value: Any, written: set[int]) -> Any:
     return live
 
 
-def _extra_states(module: nn.Module) -> dict[str, Any]:
-    return {name: part.get_extra_state() for name, part in _with_extra_state(module).items()}
-
-
-def _apply_extra_states(module: nn.Module, value: Mapping[str, Any], item: str) -> list[str]:
-    live = _with_extra_state(module)
+def _apply_extra_states(live: Mapping[str, nn.Module], value: Mapping[str, Any], item: str) -> list[str]:
     for name, part in live.items():
         if name in value:
             part.set_extra_state(value[name])
     lost = [f"{name!r} of {item!r} has extra state only in the snapshot" for name in value.keys() - live.keys()]
     return lost + [f"{name!r} of {item!r} has no extra state in the snapshot" for name in live.keys() - value.keys()]
-
-
-def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have extra state, by name; one that is there twice under its first name."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    for name, part, _ in modules_of(module):
-        if id(part) not in seen and type(part).get_extra_state is not nn.Module.get_extra_state:
-            found[name] = part
-        seen.add(id(part))
-    return found

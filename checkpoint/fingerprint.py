@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 _WORDS = (4, 2, 1)
 _TOTAL = 1 << 15
 _MOST = 32
-_LEAST = 3
+_LEAST = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class Leaves:
 
     `groups` has the names of each group's parameters; `mixed` the states that are not all tensors; `made`, by
     parameter and name, how to make a state tensor that is neither contiguous nor sharded like its parameter;
-    `others` the keys of state that belongs to no parameter.
+    `others` the keys of state that belongs to no parameter. By module: `extra` has the parts with extra state.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -87,6 +87,7 @@ class Leaves:
     mixed: dict[str, dict[Any, Mixed]] = field(default_factory=dict)
     made: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     others: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_key: dict[str, Leaf] = field(default_factory=dict)
@@ -154,6 +155,7 @@ def _walk(state: Mapping[str, object]) -> Leaves:
             raise StateError(f"state[{item!r}]: names that begin with {item[: item.find('.') + 1] or item!r} are ours")
         if isinstance(value, nn.Module):
             _walk_module(found, value, item)
+            found.extra[item] = _with_extra_state(value)
         elif isinstance(value, Tensor):
             _add(found, item, "tensor", value)
     for item, value in state.items():
@@ -183,6 +185,17 @@ def modules_of(module: nn.Module, prefix: str = "", home: Home | None = None) ->
             continue
         transparent = name in _TRANSPARENT or (wraps and name == "module")
         yield from modules_of(child, prefix if transparent else f"{prefix}.{name}" if prefix else name, home)
+
+
+def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have extra state, by name; one that is there twice under its first name."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    for name, part, _ in modules_of(module):
+        if id(part) not in seen and type(part).get_extra_state is not nn.Module.get_extra_state:
+            found[name] = part
+        seen.add(id(part))
+    return found
 
 
 def _home_of(module: DistributedDataParallel) -> Home:

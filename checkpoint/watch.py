@@ -20,11 +20,15 @@ class Watch:
 
     def __init__(self) -> None:
         self._views: list[Iterable[object]] = []
+        self._empty: list[dict[Any, Any] | list[Any]] = []
         self._seen: list[object] = []
 
     def add(self, container: dict[Any, Any] | list[Any]) -> None:
         """Watch the values of a dictionary, or the items of a list, for replacement and change of number."""
-        self._views.append(container.values() if isinstance(container, dict) else container)
+        if not container:
+            self._empty.append(container)  # most modules have no buffers or no children: one glance at each will do
+        else:
+            self._views.append(container.values() if isinstance(container, dict) else container)
 
     def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any]) -> None:
         """Watch only some values of a mapping."""
@@ -39,7 +43,7 @@ class Watch:
 
     def unchanged(self) -> bool:
         try:
-            return list(chain.from_iterable(self._views)) == self._seen
+            return not any(self._empty) and list(chain.from_iterable(self._views)) == self._seen
         except (RuntimeError, KeyError, TypeError):
             return False  # tensors of several elements have no truth value: something was replaced
 
