@@ -96,6 +96,8 @@ class AgentLink:
                 f"no buffer: {waited} {timeout_s:g} s; a level below is too slow, the agent hangs or a rank is stuck: "
                 "raise memory_budget, write less often, or set on_pressure = skip"
             )
+        if plan.devices and slot.address not in self._pinned:
+            self._pin([slot])  # one that the agent could give only later
         return slot
 
     def begin(self, buffer: Any, step: int) -> None:
