@@ -8,8 +8,10 @@ import pytest
 
 from resilient.checkpoint.agent.address import address_of
 from resilient.checkpoint.agent.server import Agent
-from resilient.checkpoint.levels.store import Store
+from resilient.checkpoint.levels.store import MemoryStore, Store
 from tests.checkpoint.agent.trainer import Trainer
+
+LOCAL_URL, DURABLE_URL = "memory://local", "memory://durable"
 
 
 class Clock:
@@ -66,3 +68,13 @@ def served(runtime_dir: Path) -> Iterator[Served]:
     made = Served()
     yield made
     made.stop()
+
+
+@pytest.fixture
+def local(served: Served) -> MemoryStore:
+    return served.stores.setdefault(LOCAL_URL, MemoryStore(LOCAL_URL))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def durable(served: Served) -> MemoryStore:
+    return served.stores.setdefault(DURABLE_URL, MemoryStore(DURABLE_URL))  # type: ignore[return-value]

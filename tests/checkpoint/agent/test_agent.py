@@ -6,26 +6,14 @@ from pathlib import Path
 import pytest
 
 from resilient.checkpoint.digest import damaged_blocks
-from resilient.checkpoint.levels.store import MemoryStore
 from resilient.checkpoint.record import Record
 from resilient.errors import LevelFailed, OverBudget, UrlInUse
 from tests.checkpoint.agent.conftest import Served
 from tests.checkpoint.agent.trainer import IMAGE_BYTES, Trainer, image_of
 
-LOCAL_URL, DURABLE_URL = "memory://local", "memory://durable"
 SMALL = 1000
 
 Eventually = Callable[..., None]
-
-
-@pytest.fixture
-def local(served: Served) -> MemoryStore:
-    return served.stores.setdefault(LOCAL_URL, MemoryStore(LOCAL_URL))  # type: ignore[return-value]
-
-
-@pytest.fixture
-def durable(served: Served) -> MemoryStore:
-    return served.stores.setdefault(DURABLE_URL, MemoryStore(DURABLE_URL))  # type: ignore[return-value]
 
 
 # --- images in memory

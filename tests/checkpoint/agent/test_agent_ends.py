@@ -11,23 +11,12 @@ from resilient.checkpoint.levels.store import MemoryStore
 from resilient.checkpoint.names import complete_steps
 from resilient.errors import AgentLost, LevelFailed, OverBudget, PolicyError, UrlInUse, UsageError
 from resilient.policy import Policy
-from tests.checkpoint.agent.conftest import Served
+from tests.checkpoint.agent.conftest import DURABLE_URL, Served
 from tests.checkpoint.agent.trainer import GatedStore, Trainer, image_of
 
-LOCAL_URL, DURABLE_URL = "memory://local", "memory://durable"
 SMALL = 1000
 
 Eventually = Callable[..., None]
-
-
-@pytest.fixture
-def local(served: Served) -> MemoryStore:
-    return served.stores.setdefault(LOCAL_URL, MemoryStore(LOCAL_URL))  # type: ignore[return-value]
-
-
-@pytest.fixture
-def durable(served: Served) -> MemoryStore:
-    return served.stores.setdefault(DURABLE_URL, MemoryStore(DURABLE_URL))  # type: ignore[return-value]
 
 
 # --- the claim, the policy, the ends
