@@ -7,22 +7,20 @@ The fence lets the training thread lend a hand instead of only waiting. At most 
     fence  ── training thread: helps with the copies ────────────────┘ (from here on parameters may change)
 """
 
-import json
 import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
 from resilient.checkpoint import copying
-from resilient.checkpoint.dtypes import dtype_name, safetensors_dtype
-from resilient.checkpoint.image import OBJECTS_KEY, Entry, entries_text, header
+from resilient.checkpoint.image import header
 from resilient.checkpoint.objects import Encoded
 from resilient.checkpoint.plan import Look, Plan, capacity, data_start
+from resilient.checkpoint.tail import Tail
 from resilient.errors import AgentLost, LevelFailed, ResilientError, SnapshotSkipped, TornCapture
 
 _log = logging.getLogger("resilient")
@@ -58,7 +56,7 @@ class Job:
     plan: Plan
     look: Look | None
     samples: Any
-    objects: Encoded
+    objects: Callable[[], Encoded]
     metadata: dict[str, str]
     work: copying.SharedWork | None = None
     working: threading.Event = field(default_factory=threading.Event)
@@ -152,24 +150,23 @@ class Capture:
                 job.look = job.plan.look()
             if job.plan.moved(job.look):
                 job.samples = job.plan.fingerprints.take()
-            extra = _object_entries(job.objects, job.plan.data_bytes)
-            objects_bytes = extra[-1].offset + extra[-1].nbytes - job.plan.data_bytes
-            begins = data_start(job.plan, entries_text(extra))
-            needed = capacity(job.plan, begins, objects_bytes)
+            tail = Tail(job.objects(), job.plan.data_bytes)
+            begins = data_start(job.plan, tail.header_text)
+            needed = capacity(job.plan, begins, tail.nbytes)
             buffer = self._buffers.take(job.plan, needed, self._timeout_s, lambda: job.given_up)
-            self._fill(job, buffer, extra, begins)
+            self._fill(job, buffer, tail, begins)
         except ResilientError as error:
             self._fail(job, buffer, error)
         except Exception as error:  # a defect here must fail the snapshot by name, not end the thread silently
             _log.exception("capture of step %d", job.step)
             self._fail(job, buffer, LevelFailed(f"step {job.step}: capture failed: {type(error).__name__}: {error}"))
 
-    def _fill(self, job: Job, buffer: Buffer, extra: list[Entry], begins: int) -> None:
+    def _fill(self, job: Job, buffer: Buffer, tail: Tail, begins: int) -> None:
         plan, step = job.plan, job.step
         data = buffer.view[begins:]
         self._buffers.begin(buffer, step)
-        buffer.view[:begins] = header([plan.header_text, entries_text(extra)], job.metadata, begins)
-        _write_objects(job.objects, extra, data)
+        buffer.view[:begins] = header([plan.header_text, tail.header_text], job.metadata, begins)
+        tail.write(data)
         for device in plan.devices:
             device.start(data)
         self._copy_host(job, buffer, begins)
@@ -178,7 +175,7 @@ class Capture:
         torn = plan.changed(job.samples, data)
         if torn:
             raise TornCapture(_torn_message(step, torn), tuple(torn))
-        self._buffers.seal(buffer, step, begins + extra[-1].offset + extra[-1].nbytes, job.due)
+        self._buffers.seal(buffer, step, begins + tail.end, job.due)
         self._on_captured(step)
 
     def _copy_host(self, job: Job, buffer: Buffer, begins: int) -> None:
@@ -209,6 +206,9 @@ class Capture:
 
     def _fail(self, job: Job, buffer: Buffer | None, error: ResilientError) -> None:
         job.copied.set()
+        traceback.clear_frames(
+            error.__traceback__
+        )  # whoever keeps the handle must not keep views of the buffer with it
         self._on_failed(job.step, error)  # first, or the agent's echo of it might settle the handle with less
         try:
             self._buffers.abort(buffer, job.step, str(error))
@@ -222,30 +222,3 @@ def _torn_message(step: int, names: list[str]) -> str:
         f"step {step}: {', '.join(repr(name) for name in names[:3])}{more} changed while being copied, so the snapshot "
         "was dropped. Change parameters only inside optimizer.step(), or call checkpointer.fence() before you do"
     )
-
-
-def _object_entries(objects: Encoded, offset: int) -> list[Entry]:
-    """The entries of the objects' tensors, in order, and of their text, which comes last."""
-    entries = []
-    for key, tensor in sorted(objects.tensors.items(), key=lambda pair: -pair[1].element_size()):
-        code, trailing = safetensors_dtype(tensor.dtype)
-        entries.append(Entry(f"{OBJECTS_KEY}/{key}", code, (*tensor.shape, *(trailing or ())), offset, tensor.nbytes))
-        offset += tensor.nbytes
-    size = len(_objects_text(objects))
-    return [*entries, Entry(OBJECTS_KEY, "U8", (size,), offset, size)]
-
-
-def _objects_text(objects: Encoded) -> bytes:
-    """The encoded objects, with what safetensors cannot say of their tensors: true dtype and shape."""
-    tensors = {key: [dtype_name(tensor.dtype), list(tensor.shape)] for key, tensor in objects.tensors.items()}
-    return json.dumps({"tensors": tensors, "value": objects.text}).encode()
-
-
-def _write_objects(objects: Encoded, entries: list[Entry], data: memoryview) -> None:
-    for entry in entries[:-1]:
-        tensor = objects.tensors[entry.key.removeprefix(f"{OBJECTS_KEY}/")]
-        if entry.nbytes:
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            data[entry.offset : entry.offset + entry.nbytes] = flat.numpy().data
-    text = _objects_text(objects)
-    data[entries[-1].offset : entries[-1].offset + len(text)] = text

@@ -29,7 +29,7 @@ from resilient.checkpoint.plan import Plan, make_plan
 from resilient.checkpoint.restore.restorer import Restored, Restorer
 from resilient.checkpoint.stateful import check_state
 from resilient.checkpoint.world import join_world
-from resilient.errors import LevelFailed, ResilientError, TornCapture, UsageError
+from resilient.errors import LevelFailed, ResilientError, SnapshotSkipped, TornCapture, UsageError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
@@ -185,7 +185,7 @@ class Checkpointer:
             plan=plan,
             look=look,
             samples=plan.fingerprints.take(),
-            objects=self._extras.capture(self._found),
+            objects=self._extras.capture(self._found).encoded,
             metadata={**self._metadata, "step": str(step)},
         )
 
@@ -199,6 +199,7 @@ class Checkpointer:
 
     def _failed(self, step: int, error: ResilientError) -> None:
         """On the capture thread. What changes although no optimizer holds it is copied inside `save` from now on."""
+        self.statistics.skipped += isinstance(error, SnapshotSkipped)
         self._pending.fail("memory", step, error)
         plan = self._plan
         if isinstance(error, TornCapture) and plan is not None:

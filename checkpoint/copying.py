@@ -109,8 +109,7 @@ class SharedWork:
             try:
                 self._moves[number].run()
             except BaseException as error:  # kept for `wait`: a helper's error must not be lost with its thread
-                self._error = error
-                self.stop()
+                self._fail(error)
             self._put(number)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -139,11 +138,18 @@ class SharedWork:
         with self._lock:
             self._running.remove(number)
             done = min(self._running, default=self._next)
-            over = not self._running and (self._stopped or self._next >= len(self._moves))
-        if self._progress is not None:
-            self._progress(done)
-        if over:
-            self._finished.set()
+        try:
+            if self._progress is not None:
+                self._progress(done)
+        except Exception as error:  # of whoever listens, an agent that dies say: no helper's business either
+            self._fail(error)
+        with self._lock:
+            if not self._running and (self._stopped or self._next >= len(self._moves)):
+                self._finished.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        self.stop()
 
 
 def run_moves(moves: Sequence[Move | Batch], threads: int) -> None:

@@ -7,6 +7,7 @@ tensor: columns of values by name, for parameters that have the same names), and
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,19 @@ from resilient.errors import StateError
 _RNG = "resilient.rng"
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """All of it at one moment, encoded as far as it has to be while the training waits."""
+
+    rng: Mapping[str, Any]
+    values: Encoded
+
+    def encoded(self) -> Encoded:
+        """The whole, for an image. May be called from any thread."""
+        rng = encode({_RNG: self.rng}, "state")
+        return Encoded({**rng.tree, **self.values.tree}, {**rng.tensors, **self.values.tensors})
+
+
 class Extras:
     """Captures and applies the objects of a state. `objects` wraps what is neither module nor tensor."""
 
@@ -30,9 +44,9 @@ class Extras:
         self._state = state
         self._objects = objects
 
-    def capture(self, found: Leaves) -> Encoded:
+    def capture(self, found: Leaves) -> Captured:
         """Everything as it is now, with tensors of its own. On the training thread; raises StateError."""
-        value: dict[str, Any] = {_RNG: capture_rng()}
+        value: dict[str, Any] = {}
         for item, held in self._state.items():
             if isinstance(held, Optimizer):
                 value[item] = _optimizer_values(held, found, item)
@@ -41,7 +55,8 @@ class Extras:
             elif item in self._objects:
                 value[item] = self._objects[item].capture()
         encoded = encode(value, "state")
-        return Encoded(encoded.text, {path: _copied(path, tensor) for path, tensor in encoded.tensors.items()})
+        copies = {path: _copied(path, tensor) for path, tensor in encoded.tensors.items()}
+        return Captured(capture_rng(), Encoded(encoded.tree, copies))
 
     def apply(self, value: Mapping[str, Any], found: Leaves, groups: Mapping[str, list[list[str]]]) -> list[str]:
         """Give everything its saved value, RNG last. Returns notes on what could not be restored.

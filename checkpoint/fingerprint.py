@@ -6,14 +6,14 @@ see fused optimizers or `.data` writes. Works on host memory only; `device.py` d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 _WORDS = (4, 2, 1)
-_TOTAL = 1 << 15
+_TOTAL = 1 << 14
 _MOST = 32
 _LEAST = 2
 
@@ -33,11 +33,10 @@ class _Gather:
     """Addresses to read, in words of one size, and the image positions that must hold the same."""
 
     word: int
-    base: int = 0
-    indices: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    positions: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    owners: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    memory: NDArray[np.unsignedinteger] = field(default_factory=lambda: np.empty(0, np.uint8))
+    indices: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    memory: NDArray[np.unsignedinteger]
 
 
 class _Address:
@@ -85,7 +84,6 @@ def _gather(sampled: list[tuple[int, Sampled]], word: int, each: int) -> _Gather
     span = int(addresses.max()) - base + word
     return _Gather(
         word=word,
-        base=base,
         indices=(addresses - base) // word,
         positions=positions // word,
         owners=owners,
@@ -119,7 +117,7 @@ def _words_of_many(sampled: list[tuple[int, Sampled]], word: int, each: int) -> 
         dtype=np.int64,
     )
     numbers, addresses, counts, sizes, offsets = (rows[:, column, None] for column in range(5))
-    elements = (counts - 1) * np.arange(each, dtype=np.int64) // max(1, each - 1)
+    elements = _spread(counts, each)
     inside = elements * sizes + _inner(elements, sizes, word)
     return (addresses + inside).ravel(), (offsets + inside).ravel(), np.broadcast_to(numbers, inside.shape).ravel()
 
@@ -127,13 +125,18 @@ def _words_of_many(sampled: list[tuple[int, Sampled]], word: int, each: int) -> 
 def _words(number: int, one: Sampled, word: int, each: int) -> _Columns:
     """Samples of one tensor with any strides; its copy in the image is contiguous."""
     size, count = one.tensor.element_size(), one.stop - one.start
-    elements = (count - 1) * np.arange(each, dtype=np.int64) // max(1, each - 1)
+    elements = _spread(np.int64(count), each)
     indices = np.unravel_index(elements + one.start, tuple(one.tensor.shape))
     address = np.full(each, one.tensor.data_ptr(), np.int64)
     for index, stride in zip(indices, one.tensor.stride(), strict=True):
         address += index.astype(np.int64) * (stride * size)
     inner = _inner(elements, np.int64(size), word)
     return address + inner, one.image_offset + elements * size + inner, np.full(each, number, np.int64)
+
+
+def _spread(counts: NDArray[np.int64] | np.int64, each: int) -> NDArray[np.int64]:
+    """`each` elements of so many, from the first to the last."""
+    return (counts - 1) * np.arange(each, dtype=np.int64) // max(1, each - 1)
 
 
 def _inner(elements: NDArray[np.int64], sizes: NDArray[np.int64] | np.int64, word: int) -> NDArray[np.int64]:

@@ -22,17 +22,22 @@ class SaveHandle:
         self.step = step
         self.levels = due
         self.captured: Future[int] = Future()
-        self._durable: dict[str, Future[int]] = {level: Future() for level in LEVELS}
-        skipped = SnapshotSkipped(f"step {step} is not due at this level by the policy")
-        for level, future in self._durable.items():
-            if level not in due:
-                future.set_exception(skipped)
+        self._durable: dict[str, Future[int]] = {level: Future() for level in due}
         if not due:
-            self.captured.set_exception(skipped)
+            self.captured.set_exception(self._skipped())
 
     def durable(self, level: str) -> Future[int]:
         """The future of one level: "memory", "local" or "durable". Raises KeyError for any other name."""
-        return self._durable[level]
+        if level in self._durable:
+            return self._durable[level]
+        if level not in LEVELS:
+            raise KeyError(level)
+        future: Future[int] = Future()
+        future.set_exception(self._skipped())
+        return future
+
+    def _skipped(self) -> SnapshotSkipped:
+        return SnapshotSkipped(f"step {self.step} is not due at this level by the policy")
 
 
 class Pending:

@@ -54,7 +54,7 @@ class AgentLink:
         self._lock = threading.Lock()
         self._client: AgentClient | None = None
         self._registered: tuple[str, int] | None = None  # plan digest and capacity known to this agent
-        self._pinned: list[int] = []
+        self._pinned: dict[int, bool] = {}  # for each slot's address whether it could be page-locked
         self._starved = False
         self._pause_s = 0.0
         self._retry_at = 0.0
@@ -97,7 +97,7 @@ class AgentLink:
                 "raise memory_budget, write less often, or set on_pressure = skip"
             )
         if plan.devices and slot.address not in self._pinned:
-            self._pin([slot])  # one that the agent could give only later
+            self._pinned[slot.address] = _pin(slot)
         return slot
 
     def begin(self, buffer: Any, step: int) -> None:
@@ -162,15 +162,10 @@ class AgentLink:
 
     def _gave(self) -> AgentClient:
         """The client whose buffer is being filled: another agent would not know it. Raises AgentLost if it is gone."""
-        if self._giver is None or self._giver.lost:
-            raise AgentLost("the agent is gone")
-        return self._giver
+        return _alive(self._giver)
 
     def _connected(self) -> AgentClient:
-        client = self._client
-        if client is None or client.lost:
-            raise AgentLost("the agent is gone")
-        return client
+        return _alive(self._client)
 
     def _register(self, client: AgentClient, plan: Plan, capacity: int) -> None:
         """Tell the agent of a plan that it does not know yet, and map the buffers it gives."""
@@ -184,7 +179,7 @@ class AgentLink:
                 f"that the newest complete one is never overwritten: set memory_budget to {2 * capacity} or more"
             )
         self._unpin()
-        mapped = client.register_plan(
+        client.register_plan(
             plan_digest=plan.digest,
             capacity=capacity,
             slots=slots,
@@ -193,23 +188,13 @@ class AgentLink:
             software={"torch": torch.__version__},
             life=self._life,
         )
-        if plan.devices:
-            self._pin(mapped)
         self._registered = (plan.digest, capacity)
 
-    def _pin(self, slots: list[Slot]) -> None:
-        for slot in slots:
-            try:
-                device.pin(slot.address, slot.capacity)
-            except RuntimeError as error:
-                _log.warning("copies from the device will be slow, the image cannot be page-locked: %s", error)
-            else:
-                self._pinned.append(slot.address)
-
     def _unpin(self) -> None:
-        for address in self._pinned:
-            device.unpin(address)
-        self._pinned = []
+        for address, pinned in self._pinned.items():
+            if pinned:
+                device.unpin(address)
+        self._pinned = {}
 
     # ---- events, on the client's listener thread
 
@@ -232,3 +217,19 @@ class AgentLink:
     def _on_lost(self, error: AgentLost) -> None:
         _log.warning("rank %d: %s; the next save starts another agent", self._hello.rank, error)
         self._pending.fail_all(error)
+
+
+def _alive(client: AgentClient | None) -> AgentClient:
+    if client is None or client.lost:
+        raise AgentLost("the agent is gone")
+    return client
+
+
+def _pin(slot: Slot) -> bool:
+    """Page-lock a slot, once: for a device its first image is as slow as this takes, and later ones are quick."""
+    try:
+        device.pin(slot.address, slot.capacity)
+    except RuntimeError as error:
+        _log.warning("copies from the device will be slow, the image cannot be page-locked: %s", error)
+        return False
+    return True

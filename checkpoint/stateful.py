@@ -65,6 +65,8 @@ def check_state(state: Mapping[str, object]) -> dict[str, "ObjectState"]:
     for name, value in state.items():
         if not isinstance(name, str) or not name:
             raise StateError(f"names in the state must be non-empty strings, not {name!r}")
+        if not name.isprintable() or name.startswith("$"):  # which begins the tags of encoded objects
+            raise StateError(f"state[{name!r}]: use a name of printable characters that does not begin with $")
         if classify(name, value).is_object:
             objects[name] = ObjectState(name, value)
     return objects

@@ -20,15 +20,19 @@ class Watch:
 
     def __init__(self) -> None:
         self._views: list[Iterable[object]] = []
+        self._lists: list[list[Any]] = []
         self._empty: list[dict[Any, Any] | list[Any]] = []
         self._seen: list[object] = []
+        self._seen_lists: list[list[Any]] = []
 
     def add(self, container: dict[Any, Any] | list[Any]) -> None:
         """Watch the values of a dictionary, or the items of a list, for replacement and change of number."""
         if not container:
             self._empty.append(container)  # most modules have no buffers or no children: one glance at each will do
+        elif isinstance(container, dict):
+            self._views.append(container.values())
         else:
-            self._views.append(container.values() if isinstance(container, dict) else container)
+            self._lists.append(container)  # compared in place: its items need not even be touched
 
     def add_keys(self, container: Mapping[Any, object], keys: Sequence[Any]) -> None:
         """Watch only some values of a mapping."""
@@ -40,10 +44,12 @@ class Watch:
 
     def freeze(self) -> None:
         self._seen = list(chain.from_iterable(self._views))
+        self._seen_lists = [list(each) for each in self._lists]
 
     def unchanged(self) -> bool:
         try:
-            return not any(self._empty) and list(chain.from_iterable(self._views)) == self._seen
+            same = not any(self._empty) and self._lists == self._seen_lists
+            return same and list(chain.from_iterable(self._views)) == self._seen
         except (RuntimeError, KeyError, TypeError):
             return False  # tensors of several elements have no truth value: something was replaced
 

@@ -81,7 +81,7 @@ class Connection:
         if self._hung_up:
             raise AgentLost(f"{self._who}: the connection to the agent was closed; connect again")
         if self.error is not None:
-            raise self.error
+            raise AgentLost(str(self.error))  # a new one each time: a traceback keeps all that its frames hold
         if not self.is_ours:
             raise AgentLost(
                 f"{self._who}: a forked child cannot use its parent's connection to the agent; make another"
@@ -147,7 +147,7 @@ class Connection:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         for future, _ in waiting:
-            future.set_exception(self.error)
+            future.set_exception(AgentLost(str(self.error)))
         if not self._hung_up:
             self._on_lost(self.error)
 

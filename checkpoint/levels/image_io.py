@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from resilient.checkpoint.levels import frames
 from resilient.checkpoint.levels.store import Store
-from resilient.checkpoint.names import complete_steps, image_name, record_name
+from resilient.checkpoint.names import image_name, record_name
 from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import DamagedImage, LevelFailed, PolicyError
 
@@ -91,11 +91,6 @@ def chunks_of(view: memoryview, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memo
     flat = memoryview(view).cast("B")
     for start in range(0, len(flat), chunk_bytes):
         yield flat[start : start + chunk_bytes]
-
-
-def complete_steps_at(store: Store) -> dict[int, int]:
-    """{step: world size} of the snapshots that are complete on a store. Lists all of it; blocks; raises LevelFailed."""
-    return complete_steps(store.list())
 
 
 def _watched(

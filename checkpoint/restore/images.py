@@ -1,7 +1,7 @@
 """Opened images: one rank's verified bytes and what they mean.
 
 An image is opened from memory (mapped from the agent) or read from a store into a buffer; both end as a read-only
-view whose every block matched its digest. `Catalog` finds, over the images of all ranks, the parts of a tensor.
+view whose every block matched its digest. What is done with several of them is the business of `load.py`.
 """
 
 import json
@@ -53,9 +53,6 @@ class Image:
         where = f"{record.image_name} (step {record.step}, rank {record.rank})"
         self._where = where
         self._entries, self.data_start = parse_header(view, where)
-
-    def pieces(self) -> list[Stored]:
-        return stored_pieces(self.record, self.data_start)
 
     def groups(self) -> dict[str, list[list[str]]]:
         """For each optimizer, the names of the parameters in each of its groups."""

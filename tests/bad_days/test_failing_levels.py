@@ -131,6 +131,7 @@ def test_skip_never_stalls_the_training_when_a_level_is_slow(checkpointer: Make,
     handles = training.run(1, 8, saving)
     skipped = [handle for handle in handles if isinstance(handle.captured.exception(LONG_S), SnapshotSkipped)]
     assert skipped != []
+    assert saving.statistics.skipped == len(skipped)
     assert all(isinstance(handle.durable("memory").exception(0), SnapshotSkipped) for handle in skipped)
     assert max(saving.statistics.fence_seconds) < 2.0
     stall.unlink()

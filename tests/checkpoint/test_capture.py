@@ -36,11 +36,14 @@ class PlainBuffers:
     sealed: dict[int, memoryview] = field(default_factory=dict)
     aborted: dict[int, str] = field(default_factory=dict)
     filled_to: list[int] = field(default_factory=list)
+    taken: list[tuple[mmap.mmap, PlainBuffer]] = field(default_factory=list)
 
     def take(self, plan: Plan, capacity: int, timeout_s: float, given_up: Callable[[], bool]) -> Buffer:
         assert self.gate.wait(timeout_s)
         memory = mmap.mmap(-1, capacity)
-        return PlainBuffer(0, capacity, memoryview(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        buffer = PlainBuffer(0, capacity, memoryview(memory), ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+        self.taken.append((memory, buffer))
+        return buffer
 
     def begin(self, buffer: Buffer, step: int) -> None: ...
 
@@ -71,7 +74,7 @@ class Bench:
             plan=plan,
             look=plan.look() if look else None,
             samples=plan.fingerprints.take(),
-            objects=encode({"epoch": 3, "t": torch.arange(3, dtype=torch.float64)}, "state"),
+            objects=lambda: encode({"epoch": 3, "t": torch.arange(3, dtype=torch.float64)}, "state"),
             metadata={"format": "resilient"},
         )
 
@@ -161,6 +164,17 @@ def test_a_tensor_changed_under_the_copy_fails_the_snapshot_by_name(bench: Bench
     assert error.tensors == ("model.weight",)
     assert "model.weight" in bench.buffers.aborted[1]
     assert not bench.buffers.sealed
+
+
+def test_whoever_keeps_the_handle_of_a_failed_save_does_not_keep_the_buffer_mapped(bench: Bench) -> None:
+    model = nn.Linear(64, 64)
+    bench.capture.submit(bench.job(make_plan(walk({"model": model}), rank=0)))
+    model.weight.data.mul_(2)
+    bench.finish()
+    assert bench.failed[1].__traceback__ is not None, "where it came from is worth keeping"
+    memory, buffer = bench.buffers.taken[0]
+    buffer.view.release()
+    memory.close()  # raises BufferError while there is another view of it
 
 
 def test_a_sparse_write_is_found_by_its_version(bench: Bench) -> None:

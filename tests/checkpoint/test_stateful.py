@@ -95,6 +95,9 @@ def test_the_state_itself_is_checked() -> None:
         check_state([nn.Linear(1, 1)])  # type: ignore[arg-type]
     with pytest.raises(StateError, match="non-empty strings, not 3"):
         check_state({3: nn.Linear(1, 1)})  # type: ignore[dict-item]
+    for name in ("$type", "a\nb", "\ud83d\ude00"):
+        with pytest.raises(StateError, match="printable"):
+            check_state({name: nn.Linear(1, 1)})
     with pytest.raises(StateError, match="non-empty"):
         check_state({"": nn.Linear(1, 1)})
 

@@ -9,13 +9,12 @@ import pytest
 from resilient.checkpoint.digest import digest
 from resilient.checkpoint.levels.image_io import (
     chunks_of,
-    complete_steps_at,
     read_image_range,
     read_record,
     write_image,
 )
 from resilient.checkpoint.levels.store import MemoryStore
-from resilient.checkpoint.names import image_name, record_name
+from resilient.checkpoint.names import complete_steps, image_name, record_name
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, LevelFailed, NewerFormat, NotACheckpoint, PolicyError
 from tests.conformance.store_contract import get, put
@@ -136,9 +135,9 @@ def test_an_encoding_of_a_later_version_asks_for_an_upgrade() -> None:
 def test_a_snapshot_is_complete_when_every_rank_has_its_record() -> None:
     store = MemoryStore()
     write_image(store, record(rank=0), chunks, cancelled=never)
-    assert complete_steps_at(store) == {}
+    assert complete_steps(store.list()) == {}
     write_image(store, record(rank=1), chunks, cancelled=never)
-    assert complete_steps_at(store) == {7: 2}
+    assert complete_steps(store.list()) == {7: 2}
 
 
 def test_chunks_are_slices_of_the_same_memory() -> None:
