@@ -134,7 +134,9 @@ class Checkpointer:
         """
         self.fence()
         self._capture.wait_idle(self._policy.fence_timeout_s)
-        restorer = Restorer(self._link.client(), self.world, self._state, self._url, self._policy)
+        fresh = self.statistics.saves == 0 and self.last_restore is None
+        found = self._found if self._found.is_current() else walk(self._state)
+        restorer = Restorer(self._link.client(), self.world, self._state, found, self._url, self._policy, fresh=fresh)
         self.last_restore = restorer.restore(self._extras)
         self._plan = None
         return None if self.last_restore is None else self.last_restore.step

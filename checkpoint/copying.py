@@ -1,7 +1,7 @@
 """Copies of host memory in bounded chunks, shared by the threads that want to help.
 
-Used by capture (tensors → image, while the training goes on) and by restore (image → tensors). Large chunks release
-the interpreter lock, small ones keep it: handing the lock over costs more than copying them.
+Used by capture (tensors → image, while the training goes on); restore uses single moves (image → tensors). Large chunks
+release the interpreter lock, small ones keep it: handing the lock over costs more than copying them.
 """
 
 import ctypes
@@ -150,13 +150,6 @@ class SharedWork:
     def _fail(self, error: BaseException) -> None:
         self._error = error
         self.stop()
-
-
-def run_moves(moves: Sequence[Move | Batch], threads: int) -> None:
-    """Do all moves with up to `threads` threads, the caller's among them; returns when they are done."""
-    work = SharedWork(moves)
-    help_with_threads(work, min(threads, max(1, len(moves))))
-    work.wait()
 
 
 def cpu_threads() -> int:

@@ -6,7 +6,6 @@ the least that must be read to verify a range.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
 
@@ -29,15 +28,14 @@ def block_range(index: int, image_bytes: int) -> tuple[int, int]:
     return start, min(start + BLOCK_BYTES, image_bytes)
 
 
-def damaged_blocks(image: memoryview, blocks: Sequence[str], threads: int = 1) -> list[int]:
-    """The indices of the blocks of a whole image whose bytes differ from their digests. Reads every byte once."""
+def damaged_blocks(part: memoryview, blocks: Sequence[str], begin: int = 0) -> list[int]:
+    """The indices of the blocks in a part of an image whose bytes differ from their digests.
 
-    def differs(index: int) -> bool:
-        start, stop = block_range(index, len(image))
-        return digest(image[start:stop]) != blocks[index]
-
-    indices = range(block_count(len(image)))
-    if threads <= 1:
-        return [index for index in indices if differs(index)]
-    with ThreadPoolExecutor(threads) as pool:
-        return [index for index, bad in zip(indices, pool.map(differs, indices), strict=True) if bad]
+    The part begins at offset `begin`, on a block border, and ends on one or with the image.
+    """
+    first = begin // BLOCK_BYTES
+    return [
+        first + number
+        for number in range(block_count(len(part)))
+        if digest(part[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]) != blocks[first + number]
+    ]

@@ -55,17 +55,20 @@ def header(parts: Sequence[str], metadata: dict[str, str], data_start: int) -> b
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def parse_header(image: memoryview, where: str) -> tuple[dict[str, Entry], int]:
-    """The entries of an image by name, and where its data starts. `where` names the image in errors."""
-    length = int.from_bytes(image[:8], "little") if len(image) >= 8 else -1
-    if not 2 <= length <= len(image) - 8:
-        raise DamagedImage(f"{where} is no safetensors file: its header claims {length} of {len(image)} bytes")
+def parse_header(head: bytes | memoryview, image_bytes: int, where: str) -> tuple[dict[str, Entry], int]:
+    """The entries of an image by name, and where its data starts. `where` names the image in errors.
+
+    `head` are its first bytes, the header at least, unless that claims to be longer than the image.
+    """
+    length = int.from_bytes(head[:8], "little") if image_bytes >= 8 else -1
+    if not 2 <= length <= image_bytes - 8:
+        raise DamagedImage(f"{where} is no safetensors file: its header claims {length} of {image_bytes} bytes")
     try:
-        raw: dict[str, Any] = json.loads(bytes(image[8 : 8 + length]))
+        raw: dict[str, Any] = json.loads(bytes(head[8 : 8 + length]))
         entries = {key: _entry(key, value) for key, value in raw.items() if key != "__metadata__"}
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedImage(f"the safetensors header of {where} cannot be read: {error}") from error
-    beyond = [entry.key for entry in entries.values() if 8 + length + entry.offset + entry.nbytes > len(image)]
+    beyond = [entry.key for entry in entries.values() if 8 + length + entry.offset + entry.nbytes > image_bytes]
     if beyond:
         raise DamagedImage(f"{where} ends before its tensor {beyond[0]!r} does")
     return entries, 8 + length

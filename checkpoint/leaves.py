@@ -97,6 +97,14 @@ class Leaves:
     def by_key(self) -> Mapping[str, Leaf]:
         return self._by_key
 
+    def is_current(self) -> bool:
+        """Whether another walk would find the same; the values may be others."""
+        return self.watch.unchanged() and all(
+            leaf.tensor.shape == leaf.box.shape
+            and leaf.local is (leaf.tensor._local_tensor if isinstance(leaf.tensor, DTensor) else leaf.tensor)
+            for leaf in self.leaves
+        )
+
     def named(self, tensor: Tensor) -> Leaf | None:
         """The leaf of a parameter or buffer that was walked before."""
         return self._by_id.get(id(tensor))

@@ -1,29 +1,18 @@
-"""Opened images: one rank's verified bytes and what they mean.
-
-An image is opened from memory (mapped from the agent) or read from a store into a buffer; both end as a read-only
-view whose every block matched its digest. What is done with several of them is the business of `load.py`.
-"""
+"""Opened images: one rank's bytes and what they mean. What several of them say together is for `load.py`."""
 
 import json
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from resilient.checkpoint.copying import cpu_threads
-from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks, digest
+from resilient.checkpoint.digest import BLOCK_BYTES
 from resilient.checkpoint.dtypes import torch_dtype
 from resilient.checkpoint.image import OBJECTS_KEY, parse_header
 from resilient.checkpoint.objects import decode
 from resilient.checkpoint.pieces import Piece
-from resilient.checkpoint.record import Record
+from resilient.checkpoint.restore.source import Source
 from resilient.errors import DamagedImage
-
-_READ_BLOCKS = 4  # blocks of one read: 16 MiB
-_READERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,44 +34,58 @@ class Stored:
 
 
 class Image:
-    """A verified image: its record, its bytes, its pieces and its objects. `view` must outlive it."""
+    """One rank's image: its record, where its bytes come from, and its objects, whose tensors are copies.
 
-    def __init__(self, record: Record, view: memoryview) -> None:
-        self.record = record
-        self.view = view
+    Reads and verifies the header and the objects. Raises DamagedImage, NewerFormat, and what the source raises.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.record = record = source.record
         where = f"{record.image_name} (step {record.step}, rank {record.rank})"
         self._where = where
-        self._entries, self.data_start = parse_header(view, where)
+        head = source.span(0, min(BLOCK_BYTES, record.image_bytes))
+        header_bytes = 8 + int.from_bytes(head[:8], "little")
+        if len(head) < header_bytes <= record.image_bytes:
+            head = source.span(0, header_bytes)
+        self._entries, self.data_start = parse_header(head, record.image_bytes, where)
+        self.objects = self._read_objects()
+        self._raw_pieces: list[dict[str, Any]] = json.loads(record.pieces_text)
+
+    def pieces(self) -> list[Stored]:
+        return stored_pieces(self._raw_pieces, self.record.rank, self.data_start)
 
     def groups(self) -> dict[str, list[list[str]]]:
         """For each optimizer, the names of the parameters in each of its groups."""
-        return {raw["optimizer"]: raw["groups"] for raw in json.loads(self.record.pieces_text) if "optimizer" in raw}
+        return {raw["optimizer"]: raw["groups"] for raw in self._raw_pieces if "optimizer" in raw}
 
-    def objects(self) -> Any:
-        """The objects that were saved beside the tensors. Their tensors are copies."""
-        raw = json.loads(bytes(self._bytes_of(OBJECTS_KEY)))
+    def _read_objects(self) -> Any:
+        stored = {key: entry for key, entry in self._entries.items() if key.split("/")[0] == OBJECTS_KEY}
+        if OBJECTS_KEY not in stored:
+            raise DamagedImage(f"{self._where} has no entry {OBJECTS_KEY!r}")
+        begin = self.data_start + min(entry.offset for entry in stored.values())
+        tail = self.source.span(begin, self.data_start + max(entry.offset + entry.nbytes for entry in stored.values()))
+
+        def bytes_of(key: str) -> bytes:
+            start = self.data_start + stored[key].offset - begin
+            return tail[start : start + stored[key].nbytes]
+
+        raw = json.loads(bytes_of(OBJECTS_KEY))
         tensors = {
-            key: self._tensor(f"{OBJECTS_KEY}/{key}", torch_dtype(dtype), shape)
+            key: _tensor(bytes_of(f"{OBJECTS_KEY}/{key}"), torch_dtype(dtype), shape)
             for key, (dtype, shape) in raw["tensors"].items()
         }
         return decode(raw["value"], tensors, self._where)
 
-    def _bytes_of(self, key: str) -> memoryview:
-        entry = self._entries.get(key)
-        if entry is None:
-            raise DamagedImage(f"{self._where} has no entry {key!r}")
-        begin = self.data_start + entry.offset
-        return self.view[begin : begin + entry.nbytes]
 
-    def _tensor(self, key: str, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-        data = bytearray(self._bytes_of(key))
-        if not data:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
+def _tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    if not data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).view(shape)
 
 
-def stored_pieces(record: Record, data_start: int) -> list[Stored]:
-    """The pieces that a record describes, at their places in an image whose data begins at `data_start`."""
+def stored_pieces(raw_pieces: list[dict[str, Any]], rank: int, data_start: int) -> list[Stored]:
+    """The pieces that a record of `rank` lists, at their places in its image, whose data begins at `data_start`."""
     return [
         Stored(
             key=raw["key"],
@@ -95,7 +98,7 @@ def stored_pieces(record: Record, data_start: int) -> list[Stored]:
                 start=raw["start"],
                 stop=raw["stop"],
             ),
-            image_rank=record.rank,
+            image_rank=rank,
             offset=data_start + raw["offset"],
             nbytes=raw["nbytes"],
             own=raw["own"],
@@ -104,58 +107,6 @@ def stored_pieces(record: Record, data_start: int) -> list[Stored]:
             name=raw.get("name", ""),
             mesh=raw.get("mesh", False),
         )
-        for raw in json.loads(record.pieces_text)
+        for raw in raw_pieces
         if "nbytes" in raw
     ]
-
-
-def verify(view: memoryview, record: Record, level: str) -> None:
-    """Compare every block of an image with its digest. Raises DamagedImage, naming what lies in the damaged blocks."""
-    bad = damaged_blocks(view, record.blocks, cpu_threads())
-    if bad:
-        raise DamagedImage(damage_message(record, view, bad, level))
-
-
-def read_verified(read: Callable[[int, memoryview], None], record: Record, into: memoryview, level: str) -> None:
-    """Fill `into` with a whole image, several ranges at a time, checking every block as it arrives.
-
-    `read(offset, part)` fills one range. Raises DamagedImage, or what `read` raises.
-    """
-    bad: list[int] = []
-    lock = threading.Lock()
-
-    def fetch(first: int) -> None:
-        last = min(first + _READ_BLOCKS, block_count(record.image_bytes))
-        begin, end = first * BLOCK_BYTES, block_range(last - 1, record.image_bytes)[1]
-        read(begin, into[begin:end])
-        for index in range(first, last):
-            start, stop = block_range(index, record.image_bytes)
-            if digest(into[start:stop]) != record.blocks[index]:
-                with lock:
-                    bad.append(index)
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(fetch, range(0, block_count(record.image_bytes), _READ_BLOCKS)):
-            pass
-    if bad:
-        raise DamagedImage(damage_message(record, into, sorted(bad), level))
-
-
-def damage_message(record: Record, view: memoryview, blocks: list[int], level: str) -> str:
-    """What is damaged, by tensor: from the record, which has a digest of its own, and the length of the header."""
-    spans = [block_range(index, record.image_bytes) for index in blocks]
-    begins = 8 + int.from_bytes(view[:8], "little")
-    names = [
-        raw["key"]
-        for raw in json.loads(record.pieces_text)
-        if "nbytes" in raw and _meets(begins + raw["offset"], raw["nbytes"], spans)
-    ]
-    what = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return (
-        f"{len(blocks)} of {len(record.blocks)} blocks of {record.image_name} at level {level} are damaged "
-        f"(step {record.step}, rank {record.rank}; tensors: {what or 'none, but the header or the objects'})"
-    )
-
-
-def _meets(begin: int, nbytes: int, spans: list[tuple[int, int]]) -> bool:
-    return any(begin < stop and begin + nbytes > start for start, stop in spans)

@@ -1,7 +1,7 @@
 """From verified images into the live state, in place.
 
 Stages: `propose` checks that the images fit the state and overwrites nothing → `Proposal.install` gives optimizers the
-state tensors that they lack → `run_load` copies ranges into tensors with several threads; `extras.py` does the rest.
+state tensors that they lack → `scatter.py` fills the ranges, block by block → `extras.py` does the rest.
 Same world size: a tensor's ranges are found by name and box over the images of the ranks that it is shared with.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -18,26 +17,14 @@ from torch.distributed.tensor import empty as empty_dtensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from resilient.checkpoint.copying import Move, batched, chunks, cpu_threads, run_moves
 from resilient.checkpoint.extras import columns_by_parameter
-from resilient.checkpoint.leaves import Leaf, Leaves, place_of, walk
+from resilient.checkpoint.leaves import Leaf, Leaves, place_of
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.restore.images import Stored
+from resilient.checkpoint.restore.scatter import Range
 from resilient.errors import LayoutMismatch
 
 _log = logging.getLogger("resilient")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bytes [offset, offset + nbytes) of rank `image_rank`'s image are elements [start, stop) of `local`, flat."""
-
-    image_rank: int
-    offset: int
-    nbytes: int
-    local: Tensor
-    start: int
-    stop: int
 
 
 class Catalog:
@@ -123,12 +110,11 @@ class Proposal:
                 optimizer.state.pop(key, None)
 
 
-def propose(state: Mapping[str, object], catalog: Catalog, objects: Mapping[str, Any]) -> Proposal:
-    """All ranges that restore the state's tensors, and the optimizer state to make for them.
+def propose(state: Mapping[str, object], found: Leaves, catalog: Catalog, objects: Mapping[str, Any]) -> Proposal:
+    """All ranges that restore the state's tensors, and the optimizer state to make for them. `found`: its walk.
 
     Overwrites nothing. Raises LayoutMismatch, on this rank only: all ranks have to agree before they go on.
     """
-    found = walk(state)
     proposal = Proposal()
     _check_names(found, catalog)
     _check_objects(state, objects)
@@ -139,41 +125,6 @@ def propose(state: Mapping[str, object], catalog: Catalog, objects: Mapping[str,
         if isinstance(optimizer, Optimizer) and item in objects:
             _propose_optimizer(proposal, item, optimizer, found, catalog, objects[item])
     return proposal
-
-
-def run_load(ranges: Iterable[Range], views: Mapping[int, memoryview]) -> int:
-    """Copy ranges out of images. Returns the number of bytes. `views[rank]` is that rank's whole image."""
-    addresses = {rank: _address(view) for rank, view in views.items()}
-    moves: list[Move] = []
-    total = 0
-    for span in ranges:
-        total += span.nbytes
-        if not span.nbytes:
-            continue
-        source = addresses[span.image_rank] + span.offset
-        if span.local.device.type == "cpu" and span.local.is_contiguous():
-            begin = span.local.data_ptr() + span.start * span.local.element_size()
-            moves += chunks(begin, source, span.nbytes)
-        else:
-            data = bytearray(views[span.image_rank][span.offset : span.offset + span.nbytes])
-            put(span, torch.frombuffer(data, dtype=torch.uint8))
-    run_moves(batched(moves), cpu_threads())
-    return total
-
-
-def put(span: Range, data: Tensor) -> None:
-    """Give a range its bytes, a uint8 tensor on the host; `local` may be on a device or not contiguous."""
-    with torch.no_grad():
-        local, values = span.local, data.view(span.local.dtype)
-        if local.is_contiguous():
-            local.view(-1)[span.start : span.stop].copy_(values)
-        else:
-            local.copy_(values.view(local.shape))
-
-
-def _address(view: memoryview) -> int:
-    """The address of a view; it may be read-only."""
-    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
 def _check_names(found: Leaves, catalog: Catalog) -> None:

@@ -1,23 +1,26 @@
 """Restore: facts from every rank, one decision, verified images, then into the live state.
 
-    facts (agent, local store, durable store) → decide → open and verify → all well on every rank? → load
-                                                  ▲            │ no: what is damaged is left out
-                                                  └────────────┘
-Nothing of the live state is overwritten before every rank has verified its image. Collective; the training thread.
+    facts (agent, local store, durable store) → decide → open → propose → fill block by block → all well everywhere?
+                                                  ▲        │                                          │ no
+                                                  └────────┴──── what is damaged is left out ─────────┘
+No byte is used before its block is verified. In a fresh process, whose state is worth nothing yet, a block is used at
+once. A run that goes back has every image verified as a whole, on all ranks, before it overwrites anything. Collective;
+on the training thread.
 """
 
+import json
 import logging
-import mmap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from resilient import errors
 from resilient.checkpoint.agent.client import AgentClient, Slot
 from resilient.checkpoint.extras import Extras
-from resilient.checkpoint.leaves import walk
+from resilient.checkpoint.leaves import Leaves, no_collection
 from resilient.checkpoint.levels.image_io import read_image_range, read_record
 from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.levels.store import Store
@@ -25,23 +28,18 @@ from resilient.checkpoint.names import complete_steps, records_by_step
 from resilient.checkpoint.record import Record, parse_record
 from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, decide
 from resilient.checkpoint.restore.exchange import receive_remote
-from resilient.checkpoint.restore.images import Image, read_verified, stored_pieces, verify
-from resilient.checkpoint.restore.load import Catalog, Proposal, propose, run_load
+from resilient.checkpoint.restore.images import Image, stored_pieces
+from resilient.checkpoint.restore.load import Catalog, Proposal, propose
+from resilient.checkpoint.restore.scatter import Scatter
+from resilient.checkpoint.restore.source import InMemory, InStore, private_memory
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, ResilientError, RestoreError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
 _LOST = (DamagedImage, LevelFailed, FileNotFoundError)  # another level or step may still serve
+_MIXED = "blocks of a damaged snapshot have been loaded: do not train on with this state, load or make it anew"
 T = TypeVar("T")
-
-
-def _private_memory(size: int) -> memoryview:
-    """A buffer of this process, in huge pages where they are to be had: four times quicker to fill than shared ones."""
-    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +62,42 @@ class Restorer:
     """
 
     def __init__(
-        self, client: AgentClient, world: World, state: Mapping[str, object], url: str, policy: Policy
+        self,
+        client: AgentClient,
+        world: World,
+        state: Mapping[str, object],
+        found: Leaves,
+        url: str,
+        policy: Policy,
+        *,
+        fresh: bool,
     ) -> None:
+        """`found`: the state as it is, walked. `fresh`: it is worth nothing yet, so blocks may be loaded before others
+        are verified.
+        """
         self._client = client
         self._world = world
         self._state = state
+        self._found = found
         self._policy = policy
         self._urls = {"durable": url} | ({} if policy.local is None else {"local": policy.local})
         self._stores: dict[str, Store] = {}
+        self._fresh = fresh
+        self._mixed = False  # whether blocks of an image that turned out to be damaged are in the state
         self._slot = 0  # where this rank's opened image lies in the agent's memory
         self._adopted: Slot | None = None  # the same, if it was read into there from a lower level
 
     def restore(self, extras: Extras) -> Restored | None:
         """Load the newest snapshot that every rank can verify; None where there is none. See Checkpointer.restore."""
+        try:
+            with no_collection():
+                return self._restore(extras)
+        except ResilientError as error:
+            if self._mixed:
+                error.add_note(_MIXED)
+            raise
+
+    def _restore(self, extras: Extras) -> Restored | None:
         began = time.perf_counter()
         facts = self._facts()
         damaged: Damaged = frozenset()
@@ -89,16 +110,19 @@ class Restorer:
                 opened.callback(self._let_go)
                 image, found = self._open_everywhere(decision, opened)
                 if image is not None and not found:
-                    loaded, notes = self._load(decision, image, extras, opened)
-                    self._keep()
-                    return Restored(
-                        step=decision.step,
-                        levels=dict(enumerate(decision.levels)),
-                        reason=decision.reason,
-                        seconds=time.perf_counter() - began,
-                        bytes=loaded,
-                        notes=tuple(notes),
-                    )
+                    sources = self._sources(image)
+                    proposal, found = self._fill(decision, image, sources)
+                    if not found:
+                        notes = self._complete(decision, image, proposal, sources, extras, opened)
+                        self._keep()
+                        return Restored(
+                            step=decision.step,
+                            levels=dict(enumerate(decision.levels)),
+                            reason=decision.reason,
+                            seconds=time.perf_counter() - began,
+                            bytes=sum(span.nbytes for span in proposal.ranges),
+                            notes=tuple(notes),
+                        )
             damaged |= found
 
     def _together(self, work: Callable[[], T]) -> T:
@@ -171,7 +195,7 @@ class Restorer:
     def _open_everywhere(self, decision: Decision, opened: ExitStack) -> tuple[Image | None, Damaged]:
         """Open this rank's image; then agree. Returns the image and what is damaged on any rank."""
         world, step = self._world, decision.step
-        image, problem = self._together(lambda: self._try_to_open(step, decision.levels[world.rank], opened))
+        image, problem = self._attempt(decision, lambda: self._open(step, decision.levels[world.rank], opened))
         outcomes = world.gather([problem, "" if image is None else image.record.life])
         found = {(step, rank, decision.levels[rank]) for rank, (text, _) in enumerate(outcomes) if text}
         lives = [life for text, life in outcomes if not text]
@@ -181,31 +205,77 @@ class Restorer:
             _log.warning("step %d was written by two lives of the job; passed over", step)
         return image, frozenset(found)
 
-    def _try_to_open(self, step: int, level: str, opened: ExitStack) -> tuple[Image | None, str]:
-        """This rank's image, or why it cannot be used. Raises what somebody has to look at."""
-        try:
-            return self._open(step, level, opened), ""
-        except _LOST as error:
-            problem = str(error) or type(error).__name__
-            _log.warning("rank %d: step %d at level %s cannot be used: %s", self._world.rank, step, level, problem)
-            return None, problem
+    def _attempt(self, decision: Decision, work: Callable[[], T]) -> tuple[T | None, str]:
+        """What `work` returns, or why this rank's image cannot be used. Anything else is raised, on all ranks."""
+
+        def attempt() -> tuple[T | None, str]:
+            try:
+                return work(), ""
+            except _LOST as error:
+                problem = str(error) or type(error).__name__
+                rank, level = self._world.rank, decision.levels[self._world.rank]
+                _log.warning("rank %d: step %d at level %s cannot be used: %s", rank, decision.step, level, problem)
+                return None, problem
+
+        return self._together(attempt)
 
     def _open(self, step: int, level: str, opened: ExitStack) -> Image:
-        """This rank's verified image, in memory."""
+        """This rank's image; only its header and objects are read and verified by now."""
         rank, size = self._world.rank, self._world.world_size
         if level == "memory":
             mapped = opened.enter_context(self._client.map_image(rank, step, size))
-            verify(mapped.view, mapped.record, level)
             self._slot = mapped.slot_id
-            return Image(mapped.record, mapped.view)
+            return Image(InMemory(mapped.record, level, mapped.view))
         store = self._stores[level]
         record = read_record(store, step, rank, size)
-        alone = len(self._world.node_ranks) == 1
-        view = _private_memory(record.image_bytes) if alone else self._shared_memory(record.image_bytes)
-        read_verified(lambda offset, part: read_image_range(store, record, offset, part), record, view, level)
-        if self._adopted is not None:
-            self._client.adopt(self._adopted, step, record)
-        return Image(record, view)
+        return Image(InStore(record, level, partial(read_image_range, store, record)))
+
+    # ---- filling the state from this rank's image
+
+    def _fill(self, decision: Decision, image: Image, sources: Sequence["_Source"]) -> tuple[Proposal, Damaged]:
+        """Fill what this rank's own image has; then agree. Returns what is wanted, and what turned out damaged."""
+        proposal = self._together(lambda: self._propose(image, sources))
+        needs = self._world.gather(sorted({span.image_rank for span in proposal.ranges}))
+        shared = any(self._world.rank in ranks for rank, ranks in enumerate(needs) if rank != self._world.rank)
+        if not self._fresh:
+            damaged = self._agree(decision, lambda: self._hold(image, shared))
+            if damaged:
+                return proposal, damaged
+
+        def fill() -> None:
+            if shared and isinstance(image.source, InStore):
+                self._hold(image, shared)
+            proposal.install()
+            image.source.stream(Scatter(span for span in proposal.ranges if span.image_rank == image.record.rank).take)
+
+        damaged = self._agree(decision, fill)
+        self._mixed = self._mixed or bool(damaged)
+        return proposal, damaged
+
+    def _agree(self, decision: Decision, work: Callable[[], None]) -> Damaged:
+        """Do this rank's part; then all learn whose images cannot be used after all."""
+        _, problem = self._attempt(decision, work)
+        outcomes = self._world.gather(problem)
+        return frozenset((decision.step, rank, decision.levels[rank]) for rank, text in enumerate(outcomes) if text)
+
+    def _propose(self, image: Image, sources: Sequence["_Source"]) -> Proposal:
+        pieces = image.pieces()
+        for source in sources:
+            if source.record.rank != self._world.rank:
+                raw = json.loads(source.record.pieces_text)
+                pieces += stored_pieces(raw, source.record.rank, source.begins)
+        return propose(self._state, self._found, Catalog(pieces, self._world.rank), image.objects)
+
+    def _hold(self, image: Image, shared: bool) -> None:
+        """Have the whole image in memory, verified; in the agent's, where other ranks of this node read it too."""
+        source = image.source
+        if isinstance(source, InMemory):
+            source.verify()
+        elif isinstance(source, InStore):
+            size = image.record.image_bytes
+            image.source = source.hold(self._shared_memory(size) if shared else private_memory(size))
+            if self._adopted is not None:
+                self._client.adopt(self._adopted, image.record.step, image.record)
 
     def _shared_memory(self, size: int) -> memoryview:
         """A buffer of the agent: the other ranks of this node read our image too, once it is adopted."""
@@ -226,63 +296,59 @@ class Restorer:
         with suppress(ResilientError):  # without its agent the rank still has its state; the next save finds another
             self._client.restored(self._slot)
 
-    # ---- loading
+    # ---- filling the rest
 
-    def _load(self, decision: Decision, image: Image, extras: Extras, opened: ExitStack) -> tuple[int, list[str]]:
-        sources = self._sources(image)
-
-        def prepare() -> tuple[Any, Proposal, dict[int, memoryview]]:
-            objects = image.objects()
-            pieces = [piece for source in sources for piece in stored_pieces(source.record, source.begins)]
-            proposal = propose(self._state, Catalog(pieces, self._world.rank), objects)
-            return objects, proposal, self._views(proposal, image, sources, decision.step, opened)
-
-        objects, proposal, views = self._together(prepare)
-        here = [span for span in proposal.ranges if span.image_rank in views]
-        elsewhere = [span for span in proposal.ranges if span.image_rank not in views]
-
-        def fill() -> int:
-            proposal.install()
-            return run_load(here, views)
-
-        loaded = self._together(fill) + receive_remote(self._world, elsewhere, image)
+    def _complete(
+        self,
+        decision: Decision,
+        image: Image,
+        proposal: Proposal,
+        sources: Sequence["_Source"],
+        extras: Extras,
+        opened: ExitStack,
+    ) -> list[str]:
+        """Fill what the images of other ranks have, which they have verified by now; then everything else."""
+        rank, node = self._world.rank, self._world.node_ranks
+        slots = self._world.gather(self._slot)
+        self._together(lambda: self._fill_from_neighbours(decision.step, proposal, sources, slots, opened))
+        elsewhere = [span for span in proposal.ranges if span.image_rank not in node]
+        receive_remote(self._world, elsewhere, image.source if isinstance(image.source, InMemory) else None)
         # Together also because nobody may let go of an image that another rank still reads.
-        notes = self._together(lambda: extras.apply(objects, walk(self._state), image.groups()))
-        if self._world.rank == 0:
+        notes = self._together(lambda: extras.apply(image.objects, self._found, image.groups()))
+        if rank == 0:
             _log.info("restored: %s", decision.reason)
         for note in notes:
-            _log.warning("rank %d: %s", self._world.rank, note)
-        return loaded, notes
+            _log.warning("rank %d: %s", rank, note)
+        return notes
+
+    def _fill_from_neighbours(
+        self, step: int, proposal: Proposal, sources: Sequence["_Source"], slots: Sequence[int], opened: ExitStack
+    ) -> None:
+        """From the images of this node that are needed: the very ones that their ranks have verified."""
+        needed = {span.image_rank for span in proposal.ranges} & set(self._world.node_ranks) - {self._world.rank}
+        for rank in sorted(needed):
+            mapped = self._client.map_image(rank, step, self._world.world_size, slot_id=slots[rank])
+            view = opened.enter_context(mapped).view
+            scatter = Scatter(span for span in proposal.ranges if span.image_rank == rank)
+            InMemory(sources[rank].record, "memory", view, verified=True).stream(scatter.take)
 
     def _sources(self, image: Image) -> list["_Source"]:
         """The images of all ranks."""
         if self._world.world_size == 1:
-            return [_Source(image.record, image.data_start, self._slot)]
-        rows = self._world.gather([image.record.text(), image.data_start, self._slot])
+            return [_Source(image.record, image.data_start)]
+        rows = self._world.gather([image.record.text(), image.data_start])
         return [
-            _Source(parse_record(text, f"the record of rank {rank}"), begins, slot)
-            for rank, (text, begins, slot) in enumerate(rows)
+            _Source(parse_record(text, f"the record of rank {rank}"), begins)
+            for rank, (text, begins) in enumerate(rows)
         ]
-
-    def _views(
-        self, proposal: Proposal, image: Image, sources: Sequence["_Source"], step: int, opened: ExitStack
-    ) -> dict[int, memoryview]:
-        """The images of this node that are needed: the very ones that their ranks have verified."""
-        views = {self._world.rank: image.view}
-        needed = {span.image_rank for span in proposal.ranges} & set(self._world.node_ranks)
-        for rank in sorted(needed - views.keys()):
-            mapped = self._client.map_image(rank, step, self._world.world_size, slot_id=sources[rank].slot)
-            views[rank] = opened.enter_context(mapped).view
-        return views
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One rank's image: its record, where its data begins, and where it lies in the memory of that rank's agent."""
+    """One rank's image: its record, and where its data begins."""
 
     record: Record
     begins: int
-    slot: int
 
 
 def _error_named(name: str) -> type[Exception]:

@@ -192,6 +192,54 @@ def test_without_an_undamaged_copy_restore_fails_and_the_live_state_is_as_it_was
     assert all(os.path.exists(url / image_name(step, 0, 1)) for step in (2, 4)), "evidence was removed"
 
 
+def flip_a_late_byte(image: bytearray) -> None:
+    image[len(image) * 3 // 4] ^= 0x10
+
+
+def test_damage_found_after_other_blocks_were_loaded_leads_to_another_copy_of_everything(
+    checkpointer: Make, agents: Agents, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several blocks an image: in a fresh process they are loaded as they are verified."""
+    training, policy = Training(width=512, layers=8), {"durable_every": 2, "local": str(tmp_path / "local")}
+    saving = checkpointer(tmp_path / "url", training.state, **policy)
+    for handle in training.run(1, 4, saving):
+        for level in handle.levels:
+            handle.durable(level).result(LONG_S)
+    saving.close(keep_memory=True)
+    damage_memory(agents, 4, 0, flip_a_late_byte)
+    damage_file(tmp_path / "local" / image_name(4, 0, 1), flip_a_late_byte)
+    again = Training(seed=11, width=512, layers=8)
+    loading = checkpointer(tmp_path / "url", again.state, **policy)
+    with caplog.at_level(logging.WARNING, "resilient"):
+        assert loading.restore() == 4
+    assert loading.last_restore is not None
+    assert loading.last_restore.levels == {0: "durable"}
+    assert "level memory" in caplog.text
+    assert "level local" in caplog.text
+    assert differing(again.tensors(), training.tensors()) == []
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_without_an_undamaged_copy_only_a_fresh_state_is_partly_overwritten_and_the_error_says_so(
+    fresh: bool, checkpointer: Make, agents: Agents, tmp_path: Path
+) -> None:
+    training = Training(width=512, layers=8)
+    saving = checkpointer(tmp_path / "url", training.state, durable_every=4)
+    training.run(1, 4, saving)[-1].durable("durable").result(LONG_S)
+    saving.close()
+    damage_file(tmp_path / "url" / image_name(4, 0, 1), flip_a_late_byte)
+    again = Training(seed=11, width=512, layers=8)
+    loading = checkpointer(tmp_path / "url", again.state, durable_every=4)
+    if not fresh:
+        again.run(5, 5, loading)[0].durable("memory").result(LONG_S)
+        damage_memory(agents, 5, 0, flip_a_late_byte)
+    before = again.tensors()
+    with pytest.raises(RestoreError, match="no undamaged snapshot") as caught:
+        loading.restore()
+    assert (differing(again.tensors(), before) == []) is not fresh
+    assert any("do not train on" in note for note in getattr(caught.value, "__notes__", ())) is fresh
+
+
 @pytest.mark.parametrize("damage", ["memory", "local"])
 def test_replicas_that_share_an_image_never_load_the_damaged_copy_of_another_rank(
     damage: str, trainers: Trainers, agents: Agents, tmp_path: Path

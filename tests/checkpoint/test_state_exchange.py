@@ -11,8 +11,8 @@ from resilient.checkpoint.digest import block_count, block_range, digest
 from resilient.checkpoint.image import header
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.exchange import receive_remote
-from resilient.checkpoint.restore.images import Image
-from resilient.checkpoint.restore.load import Range
+from resilient.checkpoint.restore.scatter import Range
+from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage
 
@@ -24,7 +24,7 @@ def blocks_of(view: memoryview) -> tuple[str, ...]:
     return tuple(digest(view[start:stop]) for start, stop in spans)
 
 
-def image_of(data: memoryview, rank: int) -> Image:
+def image_of(data: memoryview, rank: int) -> InMemory:
     record = Record(
         run_id="run",
         life="life",
@@ -36,7 +36,7 @@ def image_of(data: memoryview, rank: int) -> Image:
         image_bytes=len(data),
         blocks=blocks_of(data),
     )
-    return Image(record, data)
+    return InMemory(record, "memory", data, verified=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def check(spans: list[Range], theirs: Tensor) -> None:
         assert torch.equal(got, theirs[span.offset : span.offset + span.nbytes])
 
 
-def own() -> Image:
+def own() -> InMemory:
     return image_of(memoryview(header([], {}, 4096)), 0)
 
 
