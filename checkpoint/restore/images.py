@@ -15,7 +15,7 @@ from resilient.checkpoint.restore.source import Source
 from resilient.errors import DamagedImage
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Stored:
     """One piece in an image: `offset` is where its bytes begin in the image, header included."""
 
@@ -68,7 +68,7 @@ class Image:
 
         def bytes_of(key: str) -> bytes:
             start = self.data_start + stored[key].offset - begin
-            return tail[start : start + stored[key].nbytes]
+            return bytes(tail[start : start + stored[key].nbytes])
 
         raw = json.loads(bytes_of(OBJECTS_KEY))
         tensors = {

@@ -31,7 +31,7 @@ from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
 from resilient.checkpoint.restore.load import Catalog, Proposal, propose
 from resilient.checkpoint.restore.scatter import Scatter
-from resilient.checkpoint.restore.source import InMemory, InStore, private_memory
+from resilient.checkpoint.restore.source import InMemory, InStore, Source, private_memory
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, ResilientError, RestoreError
 from resilient.policy import Policy
@@ -225,10 +225,14 @@ class Restorer:
         if level == "memory":
             mapped = opened.enter_context(self._client.map_image(rank, step, size))
             self._slot = mapped.slot_id
-            return Image(InMemory(mapped.record, level, mapped.view))
-        store = self._stores[level]
-        record = read_record(store, step, rank, size)
-        return Image(InStore(record, level, partial(read_image_range, store, record)))
+            source: Source = InMemory(mapped.record, level, mapped.view)
+        else:
+            store = self._stores[level]
+            record = read_record(store, step, rank, size)
+            source = InStore(record, level, partial(read_image_range, store, record))
+        opened.callback(source.close)
+        source.begin()
+        return Image(source)
 
     # ---- filling the state from this rank's image
 

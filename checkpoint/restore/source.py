@@ -6,25 +6,25 @@ each as soon as it is there: the copy into the state then costs no second pass o
 
 import json
 import mmap
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from resilient.checkpoint.copying import cpu_threads
-from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks
+from resilient.checkpoint.digest import BLOCK_BYTES, block_range, damaged_blocks
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage
 
-_UNIT_BLOCKS = 4  # what a thread takes at a time, and one read: 16 MiB
-_READERS = 8  # four reads keep a disk busy; the others digest and copy meanwhile
+_UNIT_BYTES = 2 * BLOCK_BYTES  # what a thread takes at a time, and one read
+_READERS = 6  # four keep a disk busy while the others digest and copy; more, or larger buffers, cost more to touch
 
 Use = Callable[[int, memoryview], None]
 """Called from several threads with the offset of a block in the image, and its bytes, which change after the call."""
 
 
 class Source:
-    """One rank's image. `level` is for messages. Subclasses say how bytes are got."""
+    """One rank's image. `level` is for messages. Subclasses say how bytes are got. Close it in the end."""
 
     def __init__(self, record: Record, level: str, threads: int) -> None:
         self.record = record
@@ -32,43 +32,58 @@ class Source:
         self._threads = threads
         self._begins = 0  # where the data starts, as far as it is known: only to name what is damaged
 
-    def span(self, begin: int, end: int) -> bytes:
-        """Bytes [begin, end) of the image. Raises DamagedImage, and what the store raises."""
+    def begin(self) -> None:
+        """Start on what can be done before it is known where the bytes go; `stream` goes on from there."""
+
+    def close(self) -> None:
+        """End what `begin` has started. Safe to repeat."""
+
+    def span(self, begin: int, end: int) -> memoryview:
+        """Bytes [begin, end) of the image, until the next call. Raises DamagedImage, and what a store raises."""
         first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
         start = first * BLOCK_BYTES
-        part = self._part(start, min(last * BLOCK_BYTES, self.record.image_bytes))
+        part = self._span(start, min(last * BLOCK_BYTES, self.record.image_bytes))
         bad = self._damaged(start, part)
         if not self._begins and start == 0:
             self._begins = 8 + int.from_bytes(part[:8], "little")
         if bad:
             raise DamagedImage(self._message(bad))
-        return bytes(part[begin - start : end - start])
+        return part[begin - start : end - start]
 
     def stream(self, use: Use) -> None:
         """Give every block of the image to `use`. Raises DamagedImage after all are read; others were used by then."""
         bad: list[int] = []
 
         def work(unit: int) -> None:
-            begin = unit * _UNIT_BLOCKS * BLOCK_BYTES
-            part = self._part(begin, min(begin + _UNIT_BLOCKS * BLOCK_BYTES, self.record.image_bytes))
-            for start in range(0, len(part), BLOCK_BYTES):
-                block = part[start : start + BLOCK_BYTES]
-                found = self._damaged(begin + start, block)
-                bad.extend(found)
-                if not found:
-                    use(begin + start, block)
+            begin, end = self._bounds(unit)
+            with self._unit(unit) as part:
+                for start in range(0, end - begin, BLOCK_BYTES):
+                    block = part[start : min(start + BLOCK_BYTES, end - begin)]
+                    found = self._damaged(begin + start, block)
+                    bad.extend(found)
+                    if not found:
+                        use(begin + start, block)
 
         with ThreadPoolExecutor(self._threads) as pool:
-            for _ in pool.map(work, range(-(-block_count(self.record.image_bytes) // _UNIT_BLOCKS))):
+            for _ in pool.map(work, range(-(-self.record.image_bytes // _UNIT_BYTES))):
                 pass
+        self.close()
         if bad:
             raise DamagedImage(self._message(sorted(bad)))
 
-    def _part(self, begin: int, end: int) -> memoryview:
-        """Bytes [begin, end) as they are there, from a block's begin on. They stay until the thread's next call."""
+    def _bounds(self, unit: int) -> tuple[int, int]:
+        return unit * _UNIT_BYTES, min((unit + 1) * _UNIT_BYTES, self.record.image_bytes)
+
+    def _span(self, begin: int, end: int) -> memoryview:
+        """Bytes [begin, end) as they are there."""
+        raise NotImplementedError
+
+    def _unit(self, unit: int) -> AbstractContextManager[memoryview]:
+        """The bytes of one unit as they are there, and as long as the context lasts."""
         raise NotImplementedError
 
     def _damaged(self, begin: int, part: memoryview) -> list[int]:
+        """The damaged blocks in a part of the image that begins at a block's begin."""
         return damaged_blocks(part, self.record.blocks, begin)
 
     def _message(self, blocks: list[int]) -> str:
@@ -101,8 +116,12 @@ class InMemory(Source):
             self.stream(lambda begin, block: None)
             self._verified = True
 
-    def _part(self, begin: int, end: int) -> memoryview:
+    def _span(self, begin: int, end: int) -> memoryview:
         return self.view[begin:end]
+
+    def _unit(self, unit: int) -> AbstractContextManager[memoryview]:
+        begin, end = self._bounds(unit)
+        return nullcontext(self.view[begin:end])
 
     def _damaged(self, begin: int, part: memoryview) -> list[int]:
         return [] if self._verified else super()._damaged(begin, part)
@@ -114,7 +133,24 @@ class InStore(Source):
     def __init__(self, record: Record, level: str, read: Callable[[int, memoryview], None]) -> None:
         super().__init__(record, level, _READERS)
         self._read = read
-        self._buffers = threading.local()
+        # As many buffers as readers, used again and again: new memory would cost more to touch than to fill.
+        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        for _ in range(_READERS):
+            self._free.put(None)
+        self._pool: ThreadPoolExecutor | None = None
+        self._begun: dict[int, Future[memoryview]] = {}
+
+    def begin(self) -> None:
+        """Read the first units into the buffers, and the last one, where the objects are."""
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="resilient-read")
+        last = -(-self.record.image_bytes // _UNIT_BYTES) - 1
+        first = dict.fromkeys([0, last, *range(1, min(_READERS - 1, last))])  # each once, the first two at once
+        self._begun = {unit: self._pool.submit(self._fetch, unit) for unit in first if unit >= 0}
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def hold(self, room: memoryview) -> InMemory:
         """The whole image read into `room`, and verified. Raises DamagedImage, and what the store raises."""
@@ -125,14 +161,36 @@ class InStore(Source):
         self.stream(keep)
         return InMemory(self.record, self.level, room, verified=True)
 
-    def _part(self, begin: int, end: int) -> memoryview:
-        # A buffer for each thread, used again and again: new memory would cost more to touch than to fill.
-        buffer: memoryview | None = getattr(self._buffers, "view", None)
-        if buffer is None or len(buffer) < end - begin:
-            buffer = self._buffers.view = private_memory(max(end - begin, _UNIT_BLOCKS * BLOCK_BYTES))
-        part = buffer[: end - begin]
+    def _fetch(self, unit: int) -> memoryview:
+        """A buffer with the bytes of a unit."""
+        begin, end = self._bounds(unit)
+        buffer = self._free.get()
+        if buffer is None:
+            buffer = private_memory(_UNIT_BYTES)
+        try:
+            self._read(begin, buffer[: end - begin])
+        except BaseException:
+            self._free.put(buffer)
+            raise
+        return buffer
+
+    def _span(self, begin: int, end: int) -> memoryview:
+        unit = begin // _UNIT_BYTES
+        if unit in self._begun and end <= self._bounds(unit)[1]:
+            start = begin - self._bounds(unit)[0]
+            return self._begun[unit].result()[start : start + end - begin]
+        part = private_memory(end - begin)
         self._read(begin, part)
         return part
+
+    @contextmanager
+    def _unit(self, unit: int) -> Iterator[memoryview]:
+        begun = self._begun.pop(unit, None)
+        buffer = self._fetch(unit) if begun is None else begun.result()
+        try:
+            yield buffer
+        finally:
+            self._free.put(buffer)
 
 
 def private_memory(size: int) -> memoryview:

@@ -10,7 +10,7 @@ from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, d
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.scatter import Range, Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore, Source
-from resilient.errors import DamagedImage
+from resilient.errors import DamagedImage, LevelFailed
 
 SIZE = 9 * BLOCK_BYTES + 12_345
 BEGINS = 4096
@@ -93,6 +93,41 @@ def test_damaged_blocks_are_named_and_never_given(kind: str) -> None:
     with pytest.raises(DamagedImage, match="2 of 10 blocks .*tensors: 'middle', 'last'"):
         there.stream(lambda begin, block: given.append(begin // BLOCK_BYTES))
     assert sorted(given) == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+def test_what_was_begun_is_read_once_and_serves_spans_and_stream() -> None:
+    data, reads, got = image(), list[int](), bytearray(SIZE)
+
+    def read(offset: int, part: memoryview) -> None:
+        reads.append(offset)
+        part[:] = data[offset : offset + len(part)]
+
+    def use(begin: int, block: memoryview) -> None:
+        got[begin : begin + len(block)] = block
+
+    there = InStore(record_of(data), "local", read)
+    there.begin()
+    assert there.span(0, BEGINS) == data[:BEGINS]
+    assert there.span(SIZE - 100, SIZE) == data[-100:]
+    there.stream(use)
+    there.close()
+    assert got == data
+    assert sorted(reads) == list(range(0, SIZE, 2 * BLOCK_BYTES))
+
+
+def test_a_read_that_fails_after_it_was_begun_is_raised_and_nothing_hangs() -> None:
+    data = image()
+
+    def read(offset: int, part: memoryview) -> None:
+        if offset == 4 * BLOCK_BYTES:
+            raise LevelFailed("no such block")
+        part[:] = data[offset : offset + len(part)]
+
+    there = InStore(record_of(data), "local", read)
+    there.begin()
+    with pytest.raises(LevelFailed, match="no such block"):
+        there.stream(lambda begin, block: None)
+    there.close()
 
 
 def test_what_is_held_needs_no_second_look() -> None:
