@@ -289,7 +289,7 @@ class Restorer:
 
     def _let_go(self) -> None:
         """Give back the buffer of an image that is not used after all."""
-        slot, self._adopted = self._adopted, None
+        slot, self._adopted, self._slot = self._adopted, None, 0
         if slot is not None:
             with suppress(ResilientError):
                 self._client.release(slot)

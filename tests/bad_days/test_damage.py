@@ -217,6 +217,11 @@ def test_damage_found_after_other_blocks_were_loaded_leads_to_another_copy_of_ev
     assert "level memory" in caplog.text
     assert "level local" in caplog.text
     assert differing(again.tensors(), training.tensors()) == []
+    loading.close(keep_memory=True)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "resilient"):
+        assert checkpointer(tmp_path / "url", again.state, **policy).restore() == 4
+    assert "level memory" not in caplog.text, "the agent kept the damaged image"
 
 
 @pytest.mark.parametrize("fresh", [True, False])
