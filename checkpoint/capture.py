@@ -206,9 +206,8 @@ class Capture:
 
     def _fail(self, job: Job, buffer: Buffer | None, error: ResilientError) -> None:
         job.copied.set()
-        traceback.clear_frames(
-            error.__traceback__
-        )  # whoever keeps the handle must not keep views of the buffer with it
+        # Whoever keeps the handle must not keep views of the buffer with it.
+        traceback.clear_frames(error.__traceback__)
         self._on_failed(job.step, error)  # first, or the agent's echo of it might settle the handle with less
         try:
             self._buffers.abort(buffer, job.step, str(error))

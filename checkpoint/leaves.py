@@ -54,6 +54,11 @@ class Leaf:
     name: str = ""
 
     @property
+    def live(self) -> Tensor:
+        """What the owner holds now for `local`, which is of the time of the walk."""
+        return self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
+
+    @property
     def own(self) -> bool:
         """Whether other ranks may hold something else under this name."""
         return not self.group
@@ -100,9 +105,7 @@ class Leaves:
     def is_current(self) -> bool:
         """Whether another walk would find the same; the values may be others."""
         return self.watch.unchanged() and all(
-            leaf.tensor.shape == leaf.box.shape
-            and leaf.local is (leaf.tensor._local_tensor if isinstance(leaf.tensor, DTensor) else leaf.tensor)
-            for leaf in self.leaves
+            leaf.live is leaf.local and leaf.tensor.shape == leaf.box.shape for leaf in self.leaves
         )
 
     def named(self, tensor: Tensor) -> Leaf | None:

@@ -67,9 +67,7 @@ class Plan:
         padding = [Entry(PADDING_KEY, "U8", (pad,), data_bytes - pad, pad)] if (pad := _padding(planned)) else []
         self.header_text = entries_text([one.entry for one in planned] + padding)
         self._early = [one for one in planned if one.early]
-        self._staging = [
-            torch.empty_like(_local(one.leaf), memory_format=torch.contiguous_format) for one in self._early
-        ]
+        self._staging = [torch.empty_like(one.leaf.live, memory_format=torch.contiguous_format) for one in self._early]
         self._lazy = [one for one in planned if not one.early]
         self._watched: list[tuple[Any, bool]] = [
             (one.leaf.tensor, isinstance(one.leaf.tensor, DTensor)) for one in self._lazy
@@ -84,7 +82,7 @@ class Plan:
         """Copy at once what changes early. Called by `save`, on the training thread."""
         if self._early:
             with torch.no_grad():
-                torch._foreach_copy_(self._staging, [_local(one.leaf) for one in self._early], non_blocking=True)
+                torch._foreach_copy_(self._staging, [one.leaf.live for one in self._early], non_blocking=True)
 
     def look(self) -> Look:
         """Read addresses and version counters of the lazily copied tensors now."""
@@ -123,7 +121,7 @@ class Plan:
 
     def _relocate(self) -> None:
         staging = iter(self._staging)
-        self.sources = [next(staging) if one.early else _local(one.leaf).detach() for one in self.planned]
+        self.sources = [next(staging) if one.early else one.leaf.live.detach() for one in self.planned]
         self._moves: dict[int, tuple[list[Move | Batch], list[int]]] = {}
         lazy = [(one, source) for one, source in zip(self.planned, self.sources, strict=True) if not one.early]
         self._addresses = [source.data_ptr() for _, source in lazy]
@@ -235,10 +233,6 @@ def _moves_of(one: Planned, source: Tensor, data_address: int) -> list[Move]:
     if not source.is_contiguous():
         return [Move(target, source.data_ptr(), one.entry.nbytes, source)]
     return chunks(target, source.data_ptr() + one.piece.start * source.element_size(), one.entry.nbytes)
-
-
-def _local(leaf: Leaf) -> Tensor:
-    return leaf.tensor._local_tensor if isinstance(leaf.tensor, DTensor) else leaf.tensor
 
 
 def _padding(planned: Sequence[Planned]) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from resilient.ec.buffers import bytes_at, spans_of
+from resilient.ec.buffers import Span, bytes_at, spans_of
 from resilient.ec.engine import Engine, default_engine
+from resilient.ec.field import Bytes
 from resilient.ec.matrix import Recovery, parity_matrix, recovery
 from resilient.errors import UsageError
 
@@ -28,10 +29,8 @@ class Codec:
 
     def encode(self, data: Sequence[Any], parity: Sequence[Any]) -> None:
         """Fill the m parity shards from the k data shards."""
-        sources = spans_of(data, self.k, "data")
         targets = spans_of(parity, self.m, "parity", writable=True)
-        nbytes = _one_length(sources[0].nbytes, targets[0].nbytes)
-        self._engine.combine(self._parity, [one.address for one in sources], [one.address for one in targets], nbytes)
+        self._combine(self._parity, spans_of(data, self.k, "data"), targets)
 
     def decode(self, present: Mapping[int, Any], missing: Mapping[int, Any]) -> None:
         """Fill the missing shards, by number (data 0 to k - 1, parity k to k + m - 1), from at least k that are there.
@@ -43,10 +42,7 @@ class Codec:
         plan = self.plan(present, list(missing))
         sources = spans_of([present[number] for number in plan.sources], len(plan.sources), "present")
         targets = spans_of([missing[number] for number in plan.missing], len(missing), "missing", writable=True)
-        nbytes = _one_length(sources[0].nbytes, targets[0].nbytes)
-        self._engine.combine(
-            plan.coefficients, [one.address for one in sources], [one.address for one in targets], nbytes
-        )
+        self._combine(plan.coefficients, sources, targets)
 
     def plan(self, present: Any, missing: Sequence[int]) -> Recovery:
         """Which of the shards that are present give the missing ones. Raises RestoreError when too few are there."""
@@ -89,6 +85,10 @@ class Codec:
                 if not np.array_equal(row[:count], bytes_at(shard.address + begin, count)):
                     bad.add(self.k + number)
         return sorted(bad)
+
+    def _combine(self, coefficients: Bytes, sources: Sequence[Span], targets: Sequence[Span]) -> None:
+        nbytes = _one_length(sources[0].nbytes, targets[0].nbytes)
+        self._engine.combine(coefficients, [one.address for one in sources], [one.address for one in targets], nbytes)
 
 
 def _one_length(first: int, second: int) -> int:

@@ -8,7 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resilient.ec.matrix import MOST_SHARDS
 from resilient.errors import UsageError
+
+_MOST = MOST_SHARDS // 2  # where the nodes do not divide, a group may have nearly twice as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ def decide_groups(nodes: Sequence[Node], k: int, m: int) -> Grouping:
     is none. Every rank takes the same decision from the same list. Raises UsageError for impossible k and m, and for
     two nodes of one name.
     """
-    if k < 1 or m < 1 or k + m > 127:
-        raise UsageError(f"parity of k = {k}, m = {m}: at least 1 of each, and at most 127 together")
+    if k < 1 or m < 1 or k + m > _MOST:
+        raise UsageError(f"parity of k = {k}, m = {m}: at least 1 of each, and at most {_MOST} together")
     twice = [name for name, count in Counter(node.name for node in nodes).items() if count > 1]
     if twice:
         raise UsageError(f"two nodes are called {twice[0]!r}: names must differ")

@@ -33,20 +33,20 @@ def receive_remote(world: World, ranges: Sequence[Range], own: InMemory | None) 
     for source in sorted({rank for wanted, _, _ in needs for rank in wanted}):
         mine = [span for span in ranges if span.image_rank == source]
         _, size, blocks = needs[source]
-        _receive_image(world, source, size, blocks, mine, own)
-        loaded += sum(span.nbytes for span in mine)
+        loaded += _receive_image(world, source, size, blocks, mine, own)
     return loaded
 
 
 def _receive_image(
     world: World, source: int, size: int, blocks: Sequence[str], ranges: Sequence[Range], own: InMemory | None
-) -> None:
+) -> int:
     window = torch.empty(min(_WINDOW_BYTES, size), dtype=torch.uint8)
     scatter = Scatter(ranges)
     for begin in range(0, size, _WINDOW_BYTES):
         part = window[: min(_WINDOW_BYTES, size - begin)]
         _receive_window(world, source, begin, part, blocks, own)
         scatter.take(begin, part.numpy().data)
+    return scatter.nbytes
 
 
 def _receive_window(

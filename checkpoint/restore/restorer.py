@@ -25,13 +25,13 @@ from resilient.checkpoint.levels.image_io import read_image_range, read_record
 from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import complete_steps, records_by_step
-from resilient.checkpoint.record import Record, parse_record
+from resilient.checkpoint.record import parse_record
 from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, decide
 from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
 from resilient.checkpoint.restore.load import Catalog, Proposal, propose
 from resilient.checkpoint.restore.scatter import Scatter
-from resilient.checkpoint.restore.source import InMemory, InStore, Source, private_memory
+from resilient.checkpoint.restore.source import InMemory, InStore, private_memory
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, ResilientError, RestoreError
 from resilient.policy import Policy
@@ -110,10 +110,9 @@ class Restorer:
                 opened.callback(self._let_go)
                 image, found = self._open_everywhere(decision, opened)
                 if image is not None and not found:
-                    sources = self._sources(image)
-                    proposal, found = self._fill(decision, image, sources)
+                    proposal, found = self._fill(decision, image)
                     if not found:
-                        notes = self._complete(decision, image, proposal, sources, extras, opened)
+                        notes = self._complete(decision, image, proposal, extras, opened)
                         self._keep()
                         return Restored(
                             step=decision.step,
@@ -225,20 +224,21 @@ class Restorer:
         if level == "memory":
             mapped = opened.enter_context(self._client.map_image(rank, step, size))
             self._slot = mapped.slot_id
-            source: Source = InMemory(mapped.record, level, mapped.view)
-        else:
-            store = self._stores[level]
-            record = read_record(store, step, rank, size)
-            source = InStore(record, level, partial(read_image_range, store, record))
+            return Image(InMemory(mapped.record, level, mapped.view))
+        store = self._stores[level]
+        record = read_record(store, step, rank, size)
+        source = InStore(record, level, partial(read_image_range, store, record))
         opened.callback(source.close)
         source.begin()
         return Image(source)
 
     # ---- filling the state from this rank's image
 
-    def _fill(self, decision: Decision, image: Image, sources: Sequence["_Source"]) -> tuple[Proposal, Damaged]:
+    def _fill(self, decision: Decision, image: Image) -> tuple[Proposal, Damaged]:
         """Fill what this rank's own image has; then agree. Returns what is wanted, and what turned out damaged."""
-        proposal = self._together(lambda: self._propose(image, sources))
+        alone = self._world.world_size == 1
+        described = [] if alone else self._world.gather([image.record.text(), image.data_start])
+        proposal = self._together(lambda: self._propose(image, described))
         needs = self._world.gather(sorted({span.image_rank for span in proposal.ranges}))
         shared = any(self._world.rank in ranks for rank, ranks in enumerate(needs) if rank != self._world.rank)
         if not self._fresh:
@@ -262,12 +262,13 @@ class Restorer:
         outcomes = self._world.gather(problem)
         return frozenset((decision.step, rank, decision.levels[rank]) for rank, text in enumerate(outcomes) if text)
 
-    def _propose(self, image: Image, sources: Sequence["_Source"]) -> Proposal:
+    def _propose(self, image: Image, described: Sequence[tuple[str, int]]) -> Proposal:
+        """`described`: the text of each rank's record, and where the data of its image begins."""
         pieces = image.pieces()
-        for source in sources:
-            if source.record.rank != self._world.rank:
-                raw = json.loads(source.record.pieces_text)
-                pieces += stored_pieces(raw, source.record.rank, source.begins)
+        for rank, (text, begins) in enumerate(described):
+            if rank != self._world.rank:
+                record = parse_record(text, f"the record of rank {rank}")
+                pieces += stored_pieces(json.loads(record.pieces_text), rank, begins)
         return propose(self._state, self._found, Catalog(pieces, self._world.rank), image.objects)
 
     def _hold(self, image: Image, shared: bool) -> None:
@@ -303,18 +304,12 @@ class Restorer:
     # ---- filling the rest
 
     def _complete(
-        self,
-        decision: Decision,
-        image: Image,
-        proposal: Proposal,
-        sources: Sequence["_Source"],
-        extras: Extras,
-        opened: ExitStack,
+        self, decision: Decision, image: Image, proposal: Proposal, extras: Extras, opened: ExitStack
     ) -> list[str]:
         """Fill what the images of other ranks have, which they have verified by now; then everything else."""
         rank, node = self._world.rank, self._world.node_ranks
         slots = self._world.gather(self._slot)
-        self._together(lambda: self._fill_from_neighbours(decision.step, proposal, sources, slots, opened))
+        self._together(lambda: self._fill_from_neighbours(decision.step, proposal, slots, opened))
         elsewhere = [span for span in proposal.ranges if span.image_rank not in node]
         receive_remote(self._world, elsewhere, image.source if isinstance(image.source, InMemory) else None)
         # Together also because nobody may let go of an image that another rank still reads.
@@ -325,34 +320,14 @@ class Restorer:
             _log.warning("rank %d: %s", rank, note)
         return notes
 
-    def _fill_from_neighbours(
-        self, step: int, proposal: Proposal, sources: Sequence["_Source"], slots: Sequence[int], opened: ExitStack
-    ) -> None:
+    def _fill_from_neighbours(self, step: int, proposal: Proposal, slots: Sequence[int], opened: ExitStack) -> None:
         """From the images of this node that are needed: the very ones that their ranks have verified."""
         needed = {span.image_rank for span in proposal.ranges} & set(self._world.node_ranks) - {self._world.rank}
         for rank in sorted(needed):
             mapped = self._client.map_image(rank, step, self._world.world_size, slot_id=slots[rank])
             view = opened.enter_context(mapped).view
             scatter = Scatter(span for span in proposal.ranges if span.image_rank == rank)
-            InMemory(sources[rank].record, "memory", view, verified=True).stream(scatter.take)
-
-    def _sources(self, image: Image) -> list["_Source"]:
-        """The images of all ranks."""
-        if self._world.world_size == 1:
-            return [_Source(image.record, image.data_start)]
-        rows = self._world.gather([image.record.text(), image.data_start])
-        return [
-            _Source(parse_record(text, f"the record of rank {rank}"), begins)
-            for rank, (text, begins) in enumerate(rows)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """One rank's image: its record, and where its data begins."""
-
-    record: Record
-    begins: int
+            InMemory(mapped.record, "memory", view, verified=True).stream(scatter.take)
 
 
 def _error_named(name: str) -> type[Exception]:

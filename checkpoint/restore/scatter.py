@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resilient.checkpoint.copying import Move
+from resilient.checkpoint.levels.direct import address_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Scatter:
         first = bisect_right(self._stops, begin)
         if first == len(self._targets) or self._targets[first].begin >= end:
             return
-        source = _address(portion) - begin
+        source = address_of(portion) - begin
         for number in range(first, len(self._targets)):
             target = self._targets[number]
             if target.begin >= end:
@@ -86,8 +86,3 @@ def _put(span: Range, data: Tensor) -> None:
             local.view(-1)[span.start : span.stop].copy_(values)
         else:
             local.copy_(values.view(local.shape))
-
-
-def _address(view: memoryview) -> int:
-    """The address of a view; it may be read-only."""
-    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)

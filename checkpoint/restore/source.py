@@ -7,6 +7,7 @@ each as soon as it is there: the copy into the state then costs no second pass o
 import json
 import mmap
 import queue
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -23,20 +24,14 @@ Use = Callable[[int, memoryview], None]
 """Called from several threads with the offset of a block in the image, and its bytes, which change after the call."""
 
 
-class Source:
-    """One rank's image. `level` is for messages. Subclasses say how bytes are got. Close it in the end."""
+class Source(ABC):
+    """One rank's image. `level` is for messages. Subclasses say how bytes are got."""
 
     def __init__(self, record: Record, level: str, threads: int) -> None:
         self.record = record
         self.level = level
         self._threads = threads
         self._begins = 0  # where the data starts, as far as it is known: only to name what is damaged
-
-    def begin(self) -> None:
-        """Start on what can be done before it is known where the bytes go; `stream` goes on from there."""
-
-    def close(self) -> None:
-        """End what `begin` has started. Safe to repeat."""
 
     def span(self, begin: int, end: int) -> memoryview:
         """Bytes [begin, end) of the image, until the next call. Raises DamagedImage, and what a store raises."""
@@ -67,20 +62,19 @@ class Source:
         with ThreadPoolExecutor(self._threads) as pool:
             for _ in pool.map(work, range(-(-self.record.image_bytes // _UNIT_BYTES))):
                 pass
-        self.close()
         if bad:
             raise DamagedImage(self._message(sorted(bad)))
 
     def _bounds(self, unit: int) -> tuple[int, int]:
         return unit * _UNIT_BYTES, min((unit + 1) * _UNIT_BYTES, self.record.image_bytes)
 
+    @abstractmethod
     def _span(self, begin: int, end: int) -> memoryview:
         """Bytes [begin, end) as they are there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unit(self, unit: int) -> AbstractContextManager[memoryview]:
         """The bytes of one unit as they are there, and as long as the context lasts."""
-        raise NotImplementedError
 
     def _damaged(self, begin: int, part: memoryview) -> list[int]:
         """The damaged blocks in a part of the image that begins at a block's begin."""
@@ -128,7 +122,7 @@ class InMemory(Source):
 
 
 class InStore(Source):
-    """An image on a store. `read(offset, part)` fills a part with raw bytes, from any thread."""
+    """An image on a store. `read(offset, part)` fills a part with raw bytes, from any thread. Close it in the end."""
 
     def __init__(self, record: Record, level: str, read: Callable[[int, memoryview], None]) -> None:
         super().__init__(record, level, _READERS)
@@ -141,13 +135,17 @@ class InStore(Source):
         self._begun: dict[int, Future[memoryview]] = {}
 
     def begin(self) -> None:
-        """Read the first units into the buffers, and the last one, where the objects are."""
+        """Read the first units into the buffers, and the last one, where the objects are; `stream` goes on from there.
+
+        So the store is busy while it is not yet known where the bytes go.
+        """
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="resilient-read")
         last = -(-self.record.image_bytes // _UNIT_BYTES) - 1
         first = dict.fromkeys([0, last, *range(1, min(_READERS - 1, last))])  # each once, the first two at once
         self._begun = {unit: self._pool.submit(self._fetch, unit) for unit in first if unit >= 0}
 
     def close(self) -> None:
+        """End what `begin` has started. Safe to repeat."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -165,11 +163,11 @@ class InStore(Source):
         """A buffer with the bytes of a unit."""
         begin, end = self._bounds(unit)
         buffer = self._free.get()
-        if buffer is None:
-            buffer = private_memory(_UNIT_BYTES)
         try:
+            if buffer is None:
+                buffer = private_memory(_UNIT_BYTES)
             self._read(begin, buffer[: end - begin])
-        except BaseException:
+        except BaseException:  # whatever it is: others wait for this buffer, and would wait for ever
             self._free.put(buffer)
             raise
         return buffer

@@ -176,7 +176,7 @@ class Agents:
     def shared_memory(self, pid: int) -> list[Path]:
         """The agent's memory files, as paths that can be opened."""
         found = sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda path: int(path.name))
-        return [path for path in found if path.is_symlink() and "memfd:resilient-" in str(path.resolve())]
+        return [path for path in found if str(path.resolve()).startswith("/memfd:resilient-")]
 
     def _is_ours(self, pid: int) -> bool:
         try:

@@ -130,6 +130,21 @@ def test_a_read_that_fails_after_it_was_begun_is_raised_and_nothing_hangs() -> N
     there.close()
 
 
+def test_when_every_read_fails_nobody_waits_for_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resilient.checkpoint.restore.source._READERS", 2)  # fewer than there are units
+
+    def read(offset: int, part: memoryview) -> None:
+        raise LevelFailed("the store is gone")
+
+    for begun in (False, True):
+        there = InStore(record_of(image()), "local", read)
+        if begun:
+            there.begin()
+        with pytest.raises(LevelFailed, match="the store is gone"):
+            there.stream(lambda begin, block: None)
+        there.close()
+
+
 def test_what_is_held_needs_no_second_look() -> None:
     data, room = image(), bytearray(SIZE)
     there = source("store", record_of(data), data)
