@@ -224,7 +224,7 @@ class Restorer:
         if level == "memory":
             mapped = opened.enter_context(self._client.map_image(rank, step, size))
             self._slot = mapped.slot_id
-            return Image(InMemory(mapped.record, level, mapped.view))
+            return Image(InMemory(mapped.record, level, mapped.view, read=mapped.read))
         store = self._stores[level]
         record = read_record(store, step, rank, size)
         source = InStore(record, level, partial(read_image_range, store, record))

@@ -2,35 +2,38 @@
 
 `span` gives a few bytes, for the header and the objects. `stream` gives all blocks, several at a time and in no order,
 each as soon as it is there: the copy into the state then costs no second pass over memory, and runs during the reads.
+Blocks are read into few small buffers, used again and again, which stay in the processor's cache.
 """
 
 import json
 import mmap
 import queue
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from resilient.checkpoint.copying import cpu_threads
-from resilient.checkpoint.digest import BLOCK_BYTES, block_range, damaged_blocks
+from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage
 
-_UNIT_BYTES = 2 * BLOCK_BYTES  # what a thread takes at a time, and one read
-_READERS = 6  # four keep a disk busy while the others digest and copy; more, or larger buffers, cost more to touch
+_READERS = 4  # requests that keep a disk busy; more only make the first one, which all wait for, come later
+_AHEAD = 8  # blocks that a store may be ahead of those that use them
 
 Use = Callable[[int, memoryview], None]
 """Called from several threads with the offset of a block in the image, and its bytes, which change after the call."""
+Read = Callable[[int, memoryview], None]
+"""Fills a part with the image's raw bytes from an offset on. Called from several threads."""
 
 
 class Source(ABC):
     """One rank's image. `level` is for messages. Subclasses say how bytes are got."""
 
-    def __init__(self, record: Record, level: str, threads: int) -> None:
+    def __init__(self, record: Record, level: str) -> None:
         self.record = record
         self.level = level
-        self._threads = threads
         self._begins = 0  # where the data starts, as far as it is known: only to name what is damaged
 
     def span(self, begin: int, end: int) -> memoryview:
@@ -49,32 +52,31 @@ class Source(ABC):
         """Give every block of the image to `use`. Raises DamagedImage after all are read; others were used by then."""
         bad: list[int] = []
 
-        def work(unit: int) -> None:
-            begin, end = self._bounds(unit)
-            with self._unit(unit) as part:
-                for start in range(0, end - begin, BLOCK_BYTES):
-                    block = part[start : min(start + BLOCK_BYTES, end - begin)]
-                    found = self._damaged(begin + start, block)
-                    bad.extend(found)
-                    if not found:
-                        use(begin + start, block)
+        def work(number: int) -> None:
+            begin, _ = block_range(number, self.record.image_bytes)
+            with self._block(number) as block:
+                found = self._damaged(begin, block)
+                bad.extend(found)
+                if not found:
+                    use(begin, block)
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            for _ in pool.map(work, range(-(-self.record.image_bytes // _UNIT_BYTES))):
+        with ThreadPoolExecutor(cpu_threads()) as pool:
+            for _ in pool.map(work, self._order()):
                 pass
         if bad:
             raise DamagedImage(self._message(sorted(bad)))
 
-    def _bounds(self, unit: int) -> tuple[int, int]:
-        return unit * _UNIT_BYTES, min((unit + 1) * _UNIT_BYTES, self.record.image_bytes)
+    def _order(self) -> list[int]:
+        """The numbers of all blocks, in the order in which they come."""
+        return list(range(block_count(self.record.image_bytes)))
 
     @abstractmethod
     def _span(self, begin: int, end: int) -> memoryview:
         """Bytes [begin, end) as they are there."""
 
     @abstractmethod
-    def _unit(self, unit: int) -> AbstractContextManager[memoryview]:
-        """The bytes of one unit as they are there, and as long as the context lasts."""
+    def _block(self, number: int) -> AbstractContextManager[memoryview]:
+        """The bytes of one block as they are there, and as long as the context lasts."""
 
     def _damaged(self, begin: int, part: memoryview) -> list[int]:
         """The damaged blocks in a part of the image that begins at a block's begin."""
@@ -97,11 +99,19 @@ class Source(ABC):
 
 
 class InMemory(Source):
-    """An image that lies in memory as a whole. `verified`: every block has been compared already."""
+    """An image that lies in memory as a whole.
 
-    def __init__(self, record: Record, level: str, view: memoryview, *, verified: bool = False) -> None:
-        super().__init__(record, level, cpu_threads())
+    `read`: another way to the same bytes, which `stream` takes: the pages of a new mapping cost more to fault in, each
+    for the first time, than their bytes to copy. `verified`: every block has been compared already.
+    """
+
+    def __init__(
+        self, record: Record, level: str, view: memoryview, *, read: Read | None = None, verified: bool = False
+    ) -> None:
+        super().__init__(record, level)
         self.view = view[: record.image_bytes]
+        self._read = read
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._verified = verified
 
     def verify(self) -> None:
@@ -113,42 +123,73 @@ class InMemory(Source):
     def _span(self, begin: int, end: int) -> memoryview:
         return self.view[begin:end]
 
-    def _unit(self, unit: int) -> AbstractContextManager[memoryview]:
-        begin, end = self._bounds(unit)
-        return nullcontext(self.view[begin:end])
+    def _block(self, number: int) -> AbstractContextManager[memoryview]:
+        begin, end = block_range(number, self.record.image_bytes)
+        if self._read is None:
+            return nullcontext(self.view[begin:end])
+        return self._read_block(self._read, begin, end)
+
+    @contextmanager
+    def _read_block(self, read: Read, begin: int, end: int) -> Iterator[memoryview]:
+        try:
+            buffer = self._free.get_nowait()
+        except queue.Empty:  # each thread brings one
+            buffer = private_memory(BLOCK_BYTES)
+        try:
+            read(begin, buffer[: end - begin])
+            yield buffer[: end - begin]
+        finally:
+            self._free.put(buffer)
 
     def _damaged(self, begin: int, part: memoryview) -> list[int]:
         return [] if self._verified else super()._damaged(begin, part)
 
 
 class InStore(Source):
-    """An image on a store. `read(offset, part)` fills a part with raw bytes, from any thread. Close it in the end."""
+    """An image on a store, which `read` reads. Close it in the end.
 
-    def __init__(self, record: Record, level: str, read: Callable[[int, memoryview], None]) -> None:
-        super().__init__(record, level, _READERS)
+    A few threads read, block after block, into whatever buffer is free, and are ahead of those that use the blocks. A
+    reader takes a buffer first and a number then, so that what is waited for is always read before what comes later.
+    """
+
+    def __init__(self, record: Record, level: str, read: Read) -> None:
+        super().__init__(record, level)
         self._read = read
-        # As many buffers as readers, used again and again: new memory would cost more to touch than to fill.
-        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        for _ in range(_READERS):
-            self._free.put(None)
         self._pool: ThreadPoolExecutor | None = None
-        self._begun: dict[int, Future[memoryview]] = {}
+        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._blocks: dict[int, Future[memoryview]] = {}
+        self._taking = threading.Lock()
+        self._closed = False
 
     def begin(self) -> None:
-        """Read the first units into the buffers, and the last one, where the objects are; `stream` goes on from there.
-
-        So the store is busy while it is not yet known where the bytes go.
-        """
+        """Begin to read, so that the store is busy while it is not yet known where the bytes go."""
+        self._blocks = {number: Future() for number in self._order()}
+        self._closed = False
+        self._free = queue.SimpleQueue()
+        for _ in range(_READERS + _AHEAD + cpu_threads()):
+            self._free.put(None)  # made when it is needed
+        coming = iter(self._order())
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="resilient-read")
-        last = -(-self.record.image_bytes // _UNIT_BYTES) - 1
-        first = dict.fromkeys([0, last, *range(1, min(_READERS - 1, last))])  # each once, the first two at once
-        self._begun = {unit: self._pool.submit(self._fetch, unit) for unit in first if unit >= 0}
+        for _ in range(_READERS):
+            self._pool.submit(self._keep_reading, coming)
+
+    def stream(self, use: Use) -> None:
+        if self._pool is None:
+            self.begin()
+        try:
+            super().stream(use)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End what `begin` has started. Safe to repeat."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            self._closed = True
+            for _ in range(_READERS):
+                self._free.put(None)
+            pool.shutdown()
+            self._blocks = {}
 
     def hold(self, room: memoryview) -> InMemory:
         """The whole image read into `room`, and verified. Raises DamagedImage, and what the store raises."""
@@ -159,34 +200,43 @@ class InStore(Source):
         self.stream(keep)
         return InMemory(self.record, self.level, room, verified=True)
 
-    def _fetch(self, unit: int) -> memoryview:
-        """A buffer with the bytes of a unit."""
-        begin, end = self._bounds(unit)
-        buffer = self._free.get()
-        try:
-            if buffer is None:
-                buffer = private_memory(_UNIT_BYTES)
-            self._read(begin, buffer[: end - begin])
-        except BaseException:  # whatever it is: others wait for this buffer, and would wait for ever
-            self._free.put(buffer)
-            raise
-        return buffer
+    def _order(self) -> list[int]:
+        """The last block comes with the first: the objects are there, and are wanted early."""
+        numbers = super()._order()
+        return numbers[:1] + numbers[-1:] + numbers[1:-1] if len(numbers) > 1 else numbers
+
+    def _keep_reading(self, coming: Iterator[int]) -> None:
+        while True:
+            buffer = self._free.get()
+            with self._taking:
+                number = None if self._closed else next(coming, None)
+            if number is None:
+                return
+            begin, end = block_range(number, self.record.image_bytes)
+            try:
+                if buffer is None:
+                    buffer = private_memory(BLOCK_BYTES)
+                self._read(begin, buffer[: end - begin])
+            except BaseException as error:  # whoever waits for the block is to hear of it, whatever it is
+                self._free.put(buffer)
+                self._blocks[number].set_exception(error)
+            else:
+                self._blocks[number].set_result(buffer)
 
     def _span(self, begin: int, end: int) -> memoryview:
-        unit = begin // _UNIT_BYTES
-        if unit in self._begun and end <= self._bounds(unit)[1]:
-            start = begin - self._bounds(unit)[0]
-            return self._begun[unit].result()[start : start + end - begin]
+        number = begin // BLOCK_BYTES
+        if number in self._order()[:2] and number in self._blocks and end <= (number + 1) * BLOCK_BYTES:
+            return self._blocks[number].result()[: end - begin]
         part = private_memory(end - begin)
         self._read(begin, part)
         return part
 
     @contextmanager
-    def _unit(self, unit: int) -> Iterator[memoryview]:
-        begun = self._begun.pop(unit, None)
-        buffer = self._fetch(unit) if begun is None else begun.result()
+    def _block(self, number: int) -> Iterator[memoryview]:
+        buffer = self._blocks[number].result()
+        begin, end = block_range(number, self.record.image_bytes)
         try:
-            yield buffer
+            yield buffer[: end - begin]
         finally:
             self._free.put(buffer)
 

@@ -85,7 +85,7 @@ def test_pending_writes_are_finished_before_the_agent_ends(served: Served) -> No
     assert complete_steps(durable.list()) == {1: 1}
 
 
-def test_an_idle_agent_ends_when_its_time_is_over_and_not_before(served: Served) -> None:
+def test_an_idle_agent_ends_when_its_time_is_over_and_not_before(served: Served, eventually: Eventually) -> None:
     agent = served.start()
     trainer = Trainer(policy=Policy(agent_idle_s=100))
     trainer.plan(SMALL)
@@ -99,6 +99,7 @@ def test_an_idle_agent_ends_when_its_time_is_over_and_not_before(served: Served)
     again = Trainer(policy=Policy(agent_idle_s=100))
     assert again.image(0, 1) == image_of(0, 1, SMALL)
     again.vanish()
+    eventually(lambda: not agent._node.by_rank, "the agent notices that the trainer is gone; its time counts from then")
     served.clock.now += 101
     served.wait_ended()
     assert not agent.address.folder.exists()

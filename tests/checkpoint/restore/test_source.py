@@ -45,16 +45,17 @@ def record_of(data: bytes | bytearray) -> Record:
 
 
 def source(kind: str, record: Record, data: bytearray) -> Source:
-    if kind == "memory":
-        return InMemory(record, "memory", memoryview(data))
-
     def read(offset: int, part: memoryview) -> None:
         part[:] = data[offset : offset + len(part)]
 
+    if kind == "memory":
+        return InMemory(record, "memory", memoryview(data))
+    if kind == "read memory":
+        return InMemory(record, "memory", memoryview(data), read=read)
     return InStore(record, "local", read)
 
 
-@pytest.mark.parametrize("kind", ["memory", "store"])
+@pytest.mark.parametrize("kind", ["memory", "read memory", "store"])
 def test_every_block_comes_once(kind: str) -> None:
     data, got, lock = image(), bytearray(SIZE), threading.Lock()
     counts: list[int] = []
@@ -69,7 +70,7 @@ def test_every_block_comes_once(kind: str) -> None:
     assert sum(counts) == SIZE
 
 
-@pytest.mark.parametrize("kind", ["memory", "store"])
+@pytest.mark.parametrize("kind", ["memory", "read memory", "store"])
 def test_a_span_is_verified(kind: str) -> None:
     data = image()
     record = record_of(data)
@@ -81,7 +82,7 @@ def test_a_span_is_verified(kind: str) -> None:
         there.span(3 * BLOCK_BYTES - 1, 3 * BLOCK_BYTES + 1)
 
 
-@pytest.mark.parametrize("kind", ["memory", "store"])
+@pytest.mark.parametrize("kind", ["memory", "read memory", "store"])
 def test_damaged_blocks_are_named_and_never_given(kind: str) -> None:
     data = image()
     record = record_of(data)
@@ -93,6 +94,18 @@ def test_damaged_blocks_are_named_and_never_given(kind: str) -> None:
     with pytest.raises(DamagedImage, match="2 of 10 blocks .*tensors: 'middle', 'last'"):
         there.stream(lambda begin, block: given.append(begin // BLOCK_BYTES))
     assert sorted(given) == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+def test_what_is_closed_before_it_was_streamed_leaves_no_thread() -> None:
+    before = threading.active_count()
+    data = image()
+    there = source("store", record_of(data), data)
+    assert isinstance(there, InStore)
+    there.begin()
+    there.span(0, 8)
+    there.close()
+    there.close()
+    assert threading.active_count() == before
 
 
 def test_what_was_begun_is_read_once_and_serves_spans_and_stream() -> None:
@@ -112,7 +125,7 @@ def test_what_was_begun_is_read_once_and_serves_spans_and_stream() -> None:
     there.stream(use)
     there.close()
     assert got == data
-    assert sorted(reads) == list(range(0, SIZE, 2 * BLOCK_BYTES))
+    assert sorted(reads) == list(range(0, SIZE, BLOCK_BYTES))
 
 
 def test_a_read_that_fails_after_it_was_begun_is_raised_and_nothing_hangs() -> None:
