@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last, so that nothing of this checkout hides an installed package
 
-NAMES = ("call_and_stall", "every_step", "levels", "planning", "memory")
+NAMES = ("call_and_stall", "every_step", "levels", "planning", "memory", "transport", "codec")
 
 
 def arguments() -> argparse.Namespace:
