@@ -5,17 +5,28 @@ https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md. A block is what 
 the least that must be read to verify a range.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import xxhash
 
 BLOCK_BYTES = 4 << 20
 ALGORITHM = "xxh3_128"
 
+Buffer = Any  # whatever has the buffer protocol, which has no name before Python 3.12
+
 
 def digest(data: memoryview | bytes) -> str:
     """The digest of one block, 32 hexadecimal digits. Releases the interpreter lock for large blocks."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_of(parts: Iterable[Buffer]) -> str:
+    """The digest of a block whose bytes lie in several places."""
+    found = xxhash.xxh3_128()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 def block_count(image_bytes: int) -> int:

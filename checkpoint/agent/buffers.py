@@ -6,9 +6,9 @@ Mappings only; who may use which slot when is decided by the agent and told to `
 import contextlib
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from resilient.checkpoint.agent.memory import address_of_view, advise_huge_pages
 from resilient.checkpoint.record import Record
@@ -54,10 +54,13 @@ class MappedImage:
         self._fd = fd
         self.view = memoryview(self._mapping)
 
-    def read(self, offset: int, into: memoryview) -> None:
-        """Copy bytes of the image from `offset` on: quicker than to touch the pages of a new mapping. Any thread."""
-        if os.preadv(self._fd, [into], offset) != len(into):
-            raise LevelFailed(f"{self.record.image_name} in memory ends before byte {offset + len(into)}")
+    def read(self, offset: int, parts: Sequence[Any]) -> None:
+        """Copy bytes of the image from `offset` on into buffers, in order. Any thread.
+
+        Quicker than to touch the pages of a new mapping.
+        """
+        if os.preadv(self._fd, parts, offset) != sum(memoryview(part).nbytes for part in parts):
+            raise LevelFailed(f"{self.record.image_name} in memory is shorter than its record says")
 
     def close(self) -> None:
         """Unmap and let the agent use the memory again. Safe to repeat; release views that you made first."""

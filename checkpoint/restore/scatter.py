@@ -1,16 +1,20 @@
 """Bytes of an image to where the state has them, in whatever portions they come."""
 
+import ctypes
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resilient.checkpoint.copying import Move
 from resilient.checkpoint.levels.direct import address_of
+
+_MOST_PLACES = 64  # for one block; beyond, reading into each costs more than a second copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,26 @@ class Scatter:
             if target.stop > begin:
                 target.take(max(begin, target.begin), min(end, target.stop), source)
 
+    def places(self, begin: int, end: int, spare: memoryview) -> list[Any] | None:
+        """Where bytes [begin, end) of the image go, as buffers in order; what nobody wants to its place in `spare`.
+
+        None where that cannot be said: ranges that overlap or are not plain host memory, or very many of them.
+        """
+        found: list[Any] = []
+        origin = begin
+        for number in range(bisect_right(self._stops, begin), len(self._targets)):
+            target = self._targets[number]
+            if target.begin >= end:
+                break
+            overlaps = bool(found) and target.begin < begin
+            if overlaps or not target.plain or len(found) > _MOST_PLACES:
+                return None
+            start, stop = max(begin, target.begin), min(end, target.stop)
+            found += [spare[begin - origin : start - origin]] if start > begin else []
+            found.append(target.place(start, stop))
+            begin = stop
+        return found + ([spare[begin - origin : end - origin]] if end > begin else [])
+
 
 class _Target:
     """One range, [begin, stop) of the image. What is not plain host memory is put together on the host first."""
@@ -54,15 +78,19 @@ class _Target:
     def __init__(self, span: Range) -> None:
         self.begin, self.stop = span.offset, span.offset + span.nbytes
         self._span = span
-        self._plain = span.local.device.type == "cpu" and span.local.is_contiguous()
+        self.plain = span.local.device.type == "cpu" and span.local.is_contiguous()
         self._address = span.local.data_ptr() + span.start * span.local.element_size()
         self._lock = threading.Lock()
         self._staged: Tensor | None = None
         self._missing = span.nbytes
 
+    def place(self, begin: int, stop: int) -> Any:
+        """The memory of bytes [begin, stop) of the image."""
+        return (ctypes.c_uint8 * (stop - begin)).from_address(self._address + begin - self.begin)
+
     def take(self, begin: int, stop: int, source: int) -> None:
         """Bytes [begin, stop) of the image are at address `source + begin`."""
-        if self._plain:
+        if self.plain:
             Move(self._address + begin - self.begin, source + begin, stop - begin).run()
             return
         with self._lock:

@@ -10,13 +10,15 @@ import mmap
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 from resilient.checkpoint.copying import cpu_threads
-from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks
+from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks, digest_of
 from resilient.checkpoint.record import Record
+from resilient.checkpoint.restore.scatter import Scatter
 from resilient.errors import DamagedImage
 
 _READERS = 4  # requests that keep a disk busy; more only make the first one, which all wait for, come later
@@ -26,6 +28,8 @@ Use = Callable[[int, memoryview], None]
 """Called from several threads with the offset of a block in the image, and its bytes, which change after the call."""
 Read = Callable[[int, memoryview], None]
 """Fills a part with the image's raw bytes from an offset on. Called from several threads."""
+ReadParts = Callable[[int, Sequence[Any]], None]
+"""As Read, for several parts, one after the other."""
 
 
 class Source(ABC):
@@ -50,19 +54,26 @@ class Source(ABC):
 
     def stream(self, use: Use) -> None:
         """Give every block of the image to `use`. Raises DamagedImage after all are read; others were used by then."""
-        bad: list[int] = []
 
-        def work(number: int) -> None:
+        def work(number: int) -> bool:
             begin, _ = block_range(number, self.record.image_bytes)
             with self._block(number) as block:
-                found = self._damaged(begin, block)
-                bad.extend(found)
-                if not found:
-                    use(begin, block)
+                if self._damaged(begin, block):
+                    return False
+                use(begin, block)
+            return True
 
+        self._all_blocks(work)
+
+    def load(self, scatter: Scatter) -> None:
+        """Fill the ranges of a state. Raises DamagedImage after all are read; others are filled by then."""
+        self.stream(scatter.take)
+
+    def _all_blocks(self, work: Callable[[int], bool]) -> None:
+        """Do something with each block, on several threads. `work` says whether it is well; raises DamagedImage."""
+        order = self._order()
         with ThreadPoolExecutor(cpu_threads()) as pool:
-            for _ in pool.map(work, self._order()):
-                pass
+            bad = [number for number, well in zip(order, pool.map(work, order), strict=True) if not well]
         if bad:
             raise DamagedImage(self._message(sorted(bad)))
 
@@ -101,12 +112,13 @@ class Source(ABC):
 class InMemory(Source):
     """An image that lies in memory as a whole.
 
-    `read`: another way to the same bytes, which `stream` takes: the pages of a new mapping cost more to fault in, each
-    for the first time, than their bytes to copy. `verified`: every block has been compared already.
+    `read(offset, parts)`: another way to the same bytes, which `stream` and `load` take: the pages of a new mapping
+    cost more to fault in, each for the first time, than their bytes to copy. `verified`: every block has been compared
+    already.
     """
 
     def __init__(
-        self, record: Record, level: str, view: memoryview, *, read: Read | None = None, verified: bool = False
+        self, record: Record, level: str, view: memoryview, *, read: ReadParts | None = None, verified: bool = False
     ) -> None:
         super().__init__(record, level)
         self.view = view[: record.image_bytes]
@@ -120,6 +132,26 @@ class InMemory(Source):
             self.stream(lambda begin, block: None)
             self._verified = True
 
+    def load(self, scatter: Scatter) -> None:
+        """Reads straight into the state where it can: a damaged block is there too, then, when DamagedImage comes."""
+        read = self._read
+        if read is None:
+            super().load(scatter)
+            return
+
+        def work(number: int) -> bool:
+            begin, end = block_range(number, self.record.image_bytes)
+            with self._buffer() as buffer:
+                places = scatter.places(begin, end, buffer)
+                read(begin, [buffer[: end - begin]] if places is None else places)
+                if not self._verified and digest_of(places or [buffer[: end - begin]]) != self.record.blocks[number]:
+                    return False
+                if places is None:
+                    scatter.take(begin, buffer[: end - begin])
+            return True
+
+        self._all_blocks(work)
+
     def _span(self, begin: int, end: int) -> memoryview:
         return self.view[begin:end]
 
@@ -130,14 +162,19 @@ class InMemory(Source):
         return self._read_block(self._read, begin, end)
 
     @contextmanager
-    def _read_block(self, read: Read, begin: int, end: int) -> Iterator[memoryview]:
+    def _read_block(self, read: ReadParts, begin: int, end: int) -> Iterator[memoryview]:
+        with self._buffer() as buffer:
+            read(begin, [buffer[: end - begin]])
+            yield buffer[: end - begin]
+
+    @contextmanager
+    def _buffer(self) -> Iterator[memoryview]:
         try:
             buffer = self._free.get_nowait()
         except queue.Empty:  # each thread brings one
             buffer = private_memory(BLOCK_BYTES)
         try:
-            read(begin, buffer[: end - begin])
-            yield buffer[: end - begin]
+            yield buffer
         finally:
             self._free.put(buffer)
 

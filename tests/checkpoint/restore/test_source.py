@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +50,16 @@ def source(kind: str, record: Record, data: bytearray) -> Source:
     def read(offset: int, part: memoryview) -> None:
         part[:] = data[offset : offset + len(part)]
 
+    def read_parts(offset: int, parts: Sequence[Any]) -> None:
+        for part in parts:
+            length = memoryview(part).nbytes
+            memoryview(part).cast("B")[:] = data[offset : offset + length]
+            offset += length
+
     if kind == "memory":
         return InMemory(record, "memory", memoryview(data))
     if kind == "read memory":
-        return InMemory(record, "memory", memoryview(data), read=read)
+        return InMemory(record, "memory", memoryview(data), read=read_parts)
     return InStore(record, "local", read)
 
 
@@ -166,6 +174,40 @@ def test_what_is_held_needs_no_second_look() -> None:
     assert room == data
     room[5] ^= 1  # only to see that it is not compared again
     assert held.span(0, 8) == room[:8]
+
+
+@pytest.mark.parametrize("kind", ["memory", "read memory", "store"])
+@pytest.mark.parametrize("shape", ["gaps", "overlaps", "turned", "crumbs", "islands"])
+def test_a_state_is_loaded_wherever_its_tensors_are(kind: str, shape: str) -> None:
+    data = image()
+    bounds = {
+        "gaps": [(0, 5), (BLOCK_BYTES - 3, 2 * BLOCK_BYTES + 7), (2 * BLOCK_BYTES + 8, SIZE - 1)],
+        "overlaps": [(100, 3 * BLOCK_BYTES), (BLOCK_BYTES, BLOCK_BYTES + 50), (2 * BLOCK_BYTES, SIZE)],
+        "turned": [(8, 2 * BLOCK_BYTES)],
+        "islands": [(start, start + 12_345) for start in range(50, SIZE - 12_345, 400_000)],
+        "crumbs": [(start, start + 7) for start in range(50, 3 * BLOCK_BYTES, 9001)],
+    }[shape]
+    tensors = [torch.zeros(stop - start, dtype=torch.uint8) for start, stop in bounds]
+    if shape == "turned":
+        tensors = [torch.zeros(8, (bounds[0][1] - 8) // 8, dtype=torch.uint8).t()]
+    spans = [
+        Range(0, start, stop - start, tensor, 0, tensor.numel())
+        for (start, stop), tensor in zip(bounds, tensors, strict=True)
+    ]
+    source(kind, record_of(data), data).load(Scatter(spans))
+    for (start, stop), tensor in zip(bounds, tensors, strict=True):
+        assert tensor.contiguous().view(-1).numpy().tobytes() == data[start:stop]
+
+
+@pytest.mark.parametrize("kind", ["memory", "read memory", "store"])
+def test_damage_is_named_when_a_state_is_loaded(kind: str) -> None:
+    data = image()
+    record = record_of(data)
+    data[3 * BLOCK_BYTES] ^= 1
+    whole = torch.zeros(SIZE, dtype=torch.uint8)
+    with pytest.raises(DamagedImage, match="1 of 10 blocks"):
+        source(kind, record, data).load(Scatter([Range(0, 0, SIZE, whole, 0, SIZE)]))
+    assert whole[: 3 * BLOCK_BYTES].numpy().tobytes() == data[: 3 * BLOCK_BYTES], "the others are there"
 
 
 @pytest.mark.parametrize("portion", [1 << 20, BLOCK_BYTES, SIZE])
