@@ -24,7 +24,7 @@ _MOST_OPEN = 64
 class Told(Protocol):
     """Whom the board tells: the node's agent, through the leader's client."""
 
-    def complete(self, level: str, step: int) -> None: ...
+    def complete(self, level: str, step: int, life: str | None = None) -> None: ...
     def failed(self, level: str, step: int, rank: int, reason: str) -> None: ...
 
 
@@ -36,8 +36,8 @@ class Board:
         """The board that fits the world. Collective where there are several nodes."""
         if len(set(world.nodes)) <= 1:
             return Board()
-        life = world.gather(run_id)[0]
-        store = dist.PrefixStore(f"resilient/{life}/{_generation()}", dist.distributed_c10d._get_default_store())
+        run = world.gather(run_id)[0]
+        store = dist.PrefixStore(f"resilient/{run}/{_generation()}", dist.distributed_c10d._get_default_store())
         leader = world.rank == min(world.node_ranks)
         return NodeBoard(store, nodes=len(set(world.nodes))) if leader else Board()
 
@@ -46,6 +46,9 @@ class Board:
 
     def post(self, event: dict[str, Any]) -> None:
         """An event from this node's agent. Returns at once."""
+
+    def renew(self, life: str) -> None:
+        """The ranks start anew, all together: steps that were told of will come again and are told of again."""
 
     def close(self) -> None:
         """End the thread, if there is one."""
@@ -72,9 +75,11 @@ class NodeBoard(Board):
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._inbox: list[dict[str, Any]] = []
-        self._open: dict[tuple[str, int], None] = {}
+        self._life = ""
+        self._open: dict[tuple[str, str, int], None] = {}
         self._failures_seen = 0
-        self._known_failed: deque[tuple[str, int]] = deque(maxlen=_MOST_OPEN)  # each failure goes round once
+        # Each failure goes round once in a life.
+        self._known_failed: deque[tuple[str, str, int]] = deque(maxlen=_MOST_OPEN)
         self._thread = threading.Thread(target=self._loop, name="resilient-board", daemon=True)
         self._thread.start()
 
@@ -86,6 +91,9 @@ class NodeBoard(Board):
             with self._lock:
                 self._inbox.append(event)
             self._wake.set()
+
+    def renew(self, life: str) -> None:
+        self._life = life
 
     def close(self) -> None:
         self._ended.set()
@@ -109,30 +117,32 @@ class NodeBoard(Board):
         for event in inbox:
             level, step = event["level"], event["step"]
             if event["event"] == "node":
-                self._store.add(f"node/{level}/{step}", 1)
-                self._open[level, step] = None
+                life = event["life"]
+                self._store.add(f"node/{life}/{level}/{step}", 1)
+                self._open[life, level, step] = None
                 while len(self._open) > _MOST_OPEN:  # a step that some node never finishes must not be asked for ever
                     self._open.pop(next(iter(self._open)))
-            elif (level, step) not in self._known_failed:
-                self._known_failed.append((level, step))
+            elif (self._life, level, step) not in self._known_failed:
+                self._known_failed.append((self._life, level, step))
                 number = self._store.add("failures", 1)
-                said = {key: event[key] for key in ("level", "step", "rank", "error")}
+                said = {**{key: event[key] for key in ("level", "step", "rank", "error")}, "life": self._life}
                 self._store.set(f"failure/{number}", json.dumps(said))
 
     def _receive(self) -> None:
         if self._told is None:
             return
-        for level, step in list(self._open):
-            if self._store.add(f"node/{level}/{step}", 0) >= self._nodes:
-                del self._open[level, step]
-                self._told().complete(level, step)
+        for life, level, step in list(self._open):
+            if self._store.add(f"node/{life}/{level}/{step}", 0) >= self._nodes:
+                del self._open[life, level, step]
+                self._told().complete(level, step, life)
         for number in range(self._failures_seen + 1, self._store.add("failures", 0) + 1):
             if not self._store.check([f"failure/{number}"]):
                 break
             said = json.loads(self._store.get(f"failure/{number}"))
             self._failures_seen = number
-            self._open.pop((said["level"], said["step"]), None)
-            if (said["level"], said["step"]) in self._known_failed:
+            failure = (said["life"], said["level"], said["step"])
+            self._open.pop(failure, None)
+            if failure in self._known_failed or said["life"] != self._life:
                 continue
-            self._known_failed.append((said["level"], said["step"]))
+            self._known_failed.append(failure)
             self._told().failed(said["level"], said["step"], said["rank"], said["error"])

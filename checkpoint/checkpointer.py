@@ -24,6 +24,7 @@ from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.handle import Pending, SaveHandle
 from resilient.checkpoint.leaves import walk
 from resilient.checkpoint.link import AgentLink, hello_of
+from resilient.checkpoint.peering import arrange_peering
 from resilient.checkpoint.place import normal_url
 from resilient.checkpoint.plan import Plan, make_plan
 from resilient.checkpoint.restore.restorer import Restored, Restorer
@@ -83,8 +84,8 @@ class Checkpointer:
             self._policy,
             self._pending,
             self._board,
-            life=self.world.gather(f"{time.time_ns():016x}{secrets.token_hex(4)}")[0],
         )
+        self._link.renew(self._new_life())
         self._capture = Capture(
             self._link,
             threads=self._policy.copy_threads,
@@ -93,6 +94,8 @@ class Checkpointer:
             on_failed=self._failed,
         )
         self._connect()
+        self._peering = arrange_peering(self.world, self._policy, self._link.client(), os.environ)
+        self._link.introduce = self._peering.introduce if self._peering is not None else None
         self._capture.start()
         self._hooks = self._hook_optimizers()
         self._closed = False
@@ -108,7 +111,7 @@ class Checkpointer:
         if self._closed or step < 0:
             raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
         self._report()
-        due = self._policy.levels_due(step)
+        due = self._levels_due(step)
         handle = SaveHandle(step, due)
         if not due:
             return handle
@@ -136,9 +139,11 @@ class Checkpointer:
         self._capture.wait_idle(self._policy.fence_timeout_s)
         fresh = self.statistics.saves == 0 and self.last_restore is None
         found = self._found if self._found.is_current() else walk(self._state)
-        restorer = Restorer(self._link.client(), self.world, self._state, found, self._url, self._policy, fresh=fresh)
+        client, peers = self._link.client(), self._peering is not None
+        restorer = Restorer(client, self.world, self._state, found, self._url, self._policy, fresh=fresh, peers=peers)
         self.last_restore = restorer.restore(self._extras)
         self._plan = None
+        self._link.renew(self._new_life())
         return None if self.last_restore is None else self.last_restore.step
 
     def close(self, *, keep_memory: bool = False) -> list[str]:
@@ -172,6 +177,11 @@ class Checkpointer:
         self.close(keep_memory=kind is not None)
 
     # ---- parts of `save`
+
+    def _levels_due(self, step: int) -> tuple[str, ...]:
+        """As the policy says, but for parity where there are too few nodes for it; `arrange_peering` has said so."""
+        due = self._policy.levels_due(step)
+        return due if self._peering is not None else tuple(level for level in due if level != "parity")
 
     def _job(self, step: int, due: tuple[str, ...], plan: Plan) -> Job:
         inline = plan.tensors <= _INLINE_TENSORS or bool(plan.devices)
@@ -216,6 +226,11 @@ class Checkpointer:
             _log.warning("rank %d: %s", self.world.rank, failure)
 
     # ---- wiring
+
+    def _new_life(self) -> str:
+        """The same on all ranks, and later in the order of texts than any before it. Collective."""
+        life: str = self.world.gather(f"{time.time_ns():016x}{secrets.token_hex(4)}")[0]
+        return life
 
     def _connect(self) -> None:
         """Reach the agent on every rank, or fail on every rank."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from resilient.errors import RankFailed, ResilientError, SnapshotSkipped
 
-LEVELS = ("memory", "local", "durable")
+LEVELS = ("memory", "parity", "local", "durable")
 
 
 class SaveHandle:
@@ -27,7 +27,7 @@ class SaveHandle:
             self.captured.set_exception(self._skipped())
 
     def durable(self, level: str) -> Future[int]:
-        """The future of one level: "memory", "local" or "durable". Raises KeyError for any other name."""
+        """The future of one level: "memory", "parity", "local" or "durable". Raises KeyError for any other name."""
         if level in self._durable:
             return self._durable[level]
         if level not in LEVELS:

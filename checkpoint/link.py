@@ -44,12 +44,12 @@ def hello_of(run_id: str, url: str, world: World, policy: Policy) -> Hello:
 class AgentLink:
     """See the module. `board` hears what the agent says, for the other nodes."""
 
-    def __init__(self, hello: Hello, policy: Policy, pending: Pending, board: Board, life: str) -> None:
+    def __init__(self, hello: Hello, policy: Policy, pending: Pending, board: Board) -> None:
         self._hello = hello
         self._policy = policy
         self._pending = pending
         self._board = board
-        self._life = life
+        self._life = ""  # set by `renew` before anything is saved
         board.bind(self._connected)
         self._lock = threading.Lock()
         self._client: AgentClient | None = None
@@ -59,6 +59,12 @@ class AgentLink:
         self._pause_s = 0.0
         self._retry_at = 0.0
         self._giver: AgentClient | None = None  # who gave the buffer that is being filled
+        self.introduce: Callable[[AgentClient], None] | None = None  # tells a new agent of its peers
+
+    def renew(self, life: str) -> None:
+        """The ranks start anew, all together: what they save from now on belongs to another life."""
+        self._life, self._registered = life, None
+        self._board.renew(life)
 
     def client(self) -> AgentClient:
         """The connected client; connects, starting an agent if need be. Blocks for that long.
@@ -70,7 +76,17 @@ class AgentLink:
                 self._let_go()
                 self._client = AgentClient.connect(self._hello, self._on_event, self._on_lost)
                 self._pause_s = 0.0
+                self._introduce(self._client)
             return self._client
+
+    def _introduce(self, client: AgentClient) -> None:
+        """Without its peers the agent serves all other levels."""
+        if self.introduce is None:
+            return
+        try:
+            self.introduce(client)
+        except (ResilientError, TimeoutError) as error:
+            _log.warning("rank %d: its new agent cannot join the others, no parity: %s", self._hello.rank, error)
 
     # ---- Buffers, for the capture thread
 

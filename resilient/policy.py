@@ -25,6 +25,8 @@ PREFIX = "RESILIENT_"
 # Variables of ours that are not keys of the policy; each is read where its name says.
 OTHER_VARIABLES = frozenset({f"{PREFIX}{name}" for name in ("POLICY", "RUNTIME_DIR", "TOKEN", "NODE", "LOG")})
 
+_PARITY = re.compile(r"([1-9]\d*)\+([1-9]\d*)", re.ASCII)
+_MOST_MEMBERS = 127  # of a parity group: twice as many, where the nodes do not divide, still fit the code
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt]i?b)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"b": 1} | {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
@@ -42,6 +44,11 @@ class Policy:
     keep_every: int | None = None
     local_keep_last: int = 2
     memory_budget: int | str | None = None
+    parity: str | None = None
+    failure_domains: str | None = None
+    peer_address: str | None = None
+    peer_bandwidth: int | str | None = None
+    scrub_bandwidth: int | str | None = "50 MB"
     on_pressure: Literal["wait", "skip"] = "wait"
     durable_compression: Literal["zstd"] | None = None
     run_id: str | None = None
@@ -59,6 +66,11 @@ class Policy:
                 f"keep_every = {self.keep_every} contradicts durable_every = 0 (never): there would be no durable "
                 "snapshot to keep; give durable_every a positive number, or leave keep_every out"
             )
+        if self.parity is None and self.failure_domains is not None:
+            raise PolicyError(
+                f"failure_domains = {self.failure_domains!r} has no effect, because there is no parity; "
+                'set parity, for example to "4+1", or leave failure_domains out'
+            )
         for key, value, default in (("local_every", self.local_every, 1), ("local_keep_last", self.local_keep_last, 2)):
             if self.local is None and value != default:
                 raise PolicyError(
@@ -67,26 +79,32 @@ class Policy:
                 )
 
     def levels_due(self, step: int) -> tuple[str, ...]:
-        """The levels that get a snapshot at `step`: a subset of ("memory", "local", "durable"), in that order.
+        """The levels that get a snapshot at `step`: some of ("memory", "parity", "local", "durable"), in that order.
 
-        `memory` is in it whenever another level is, because the others are written from it; a durable step is also a
-        local one, where there is a local level.
+        `memory` is in it whenever another level is, because the others are made from it; a durable step is also a
+        local one, where there is a local level. Parity follows every snapshot in memory.
         """
         durable = self.durable_every > 0 and step % self.durable_every == 0
         local = self.local is not None and (durable or step % self.local_every == 0)
         memory = durable or local or step % self.memory_every == 0
-        due = {"memory": memory, "local": local, "durable": durable}
+        due = {"memory": memory, "parity": memory and self.parity is not None, "local": local, "durable": durable}
         return tuple(level for level, is_due in due.items() if is_due)
+
+    def parity_sizes(self) -> tuple[int, int] | None:
+        """k and m of the parity level; None without one."""
+        match = _PARITY.fullmatch(self.parity.strip()) if self.parity is not None else None
+        return None if match is None else (int(match[1]), int(match[2]))
 
     def budget_bytes(self, image_bytes: int) -> int:
         """The memory that one rank's images may take, in bytes, for images of `image_bytes`.
 
-        Without a stated budget that is two images and 5 % on top. It need not hold an image: that is for the caller to
-        compare.
+        What is left of the budget for images when each needs m / k of its size for parity too. Without a stated budget
+        that is two images and 5 % on top. It need not hold an image: that is for the caller to compare.
         """
         if self.memory_budget is None:
             return -(-2 * image_bytes * 105 // 100)
-        return parse_bytes(self.memory_budget)
+        k, m = self.parity_sizes() or (1, 0)
+        return parse_bytes(self.memory_budget) * k // (k + m)
 
     def run_identity(self, url: str, environment: Mapping[str, str]) -> str:
         """The name that this run keeps over its restarts: `run_id`, else the launcher's, else one made from `url`."""
@@ -204,6 +222,11 @@ def _one_of(*choices: str, can_be_none: bool = False) -> _Rule:
     )
 
 
+def _is_parity(value: object) -> bool:
+    match = _PARITY.fullmatch(value.strip()) if isinstance(value, str) else None
+    return match is not None and int(match[1]) + int(match[2]) <= _MOST_MEMBERS
+
+
 def _is_budget(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | str):
         return False
@@ -211,6 +234,12 @@ def _is_budget(value: object) -> bool:
         return parse_bytes(value) > 0
     except ValueError:
         return False
+
+
+def _bandwidth() -> _Rule:
+    return _Rule(
+        expects='a number of bytes a second above 0, or a size such as "500 MB"', accepts=_is_budget, can_be_none=True
+    )
 
 
 _RULES = {
@@ -224,6 +253,15 @@ _RULES = {
     "memory_budget": _Rule(
         expects='a number of bytes above 0, or a size such as "24 GiB" or "8GB"', accepts=_is_budget, can_be_none=True
     ),
+    "parity": _Rule(
+        expects=f'"k+m", data and parity nodes of a group, for example "4+1", at most {_MOST_MEMBERS} together',
+        accepts=_is_parity,
+        can_be_none=True,
+    ),
+    "failure_domains": _words("the path of a TOML file that names the failure domains of the nodes"),
+    "peer_address": _words("a host name or an address of this node"),
+    "peer_bandwidth": _bandwidth(),
+    "scrub_bandwidth": _bandwidth(),
     "on_pressure": _one_of("wait", "skip"),
     "durable_compression": _one_of("zstd", can_be_none=True),
     "run_id": _words("a name of printable characters"),

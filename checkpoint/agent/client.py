@@ -26,6 +26,7 @@ from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import AgentLost, LevelFailed, OverBudget, ResilientError
 from resilient.policy import Policy
 
+PEERS_S = 60.0  # for the agents of other nodes to answer, or to be given up
 CLAIM_S = 75.0  # a claim that another host left behind has to go stale first
 
 log = logging.getLogger(__name__)
@@ -172,9 +173,9 @@ class AgentClient:
         """Give the image up; the slot is free again. A slot that was only taken is given back."""
         self._connection.send("abort", slot=slot.id, step=step, reason=reason)
 
-    def complete(self, level: str, step: int) -> None:
+    def complete(self, level: str, step: int, life: str | None = None) -> None:
         """The leader's answer to a `node` event: every node has it."""
-        self._connection.send("complete", level=level, step=step)
+        self._connection.send("complete", level=level, step=step, life=life)
 
     def failed(self, level: str, step: int, rank: int, reason: str) -> None:
         """A step cannot become complete at a level; for memory also before any slot was begun for it."""
@@ -228,17 +229,48 @@ class AgentClient:
             raise
         return slot
 
-    def adopt(self, slot: Slot, step: int, record: Record) -> None:
+    def adopt(self, slot_id: int, step: int, record: Record) -> None:
         """Let other ranks map the image that was read, and verified, into a slot. Blocks."""
-        self._connection.request("adopt", slot=slot.id, step=step, record=record.text())
+        self._connection.request("adopt", slot=slot_id, step=step, record=record.text())
 
-    def release(self, slot: Slot) -> None:
-        """The image in a scratch slot is not needed any more. Blocks."""
-        self._connection.request("release", slot=slot.id)
+    def release(self, slot_id: int) -> None:
+        """The image in a scratch slot, or one that was recovered, is not needed any more. Blocks."""
+        self._connection.request("release", slot=slot_id)
 
     def restored(self, slot_id: int) -> None:
         """The training goes on from the image in this slot: the rank's other images are not needed any more. Blocks."""
         self._connection.request("restored", slot=slot_id)
+
+    # --- other nodes
+
+    def token(self) -> str | None:
+        """The secret that this agent shares with its peers already; None while it has none. Blocks."""
+        return self._connection.request("token")["token"]  # type: ignore[no-any-return]
+
+    def listen(self, node: str, token: str, host: str) -> tuple[str, int]:
+        """Have the agent listen for its peers at an address of this node; where it does. Blocks. Raises LevelFailed."""
+        reply = self._connection.request("listen", node=node, token=token, host=host)
+        return reply["host"], reply["port"]
+
+    def join(self, members: Sequence[tuple[str, str, int]], groups: Sequence[Sequence[int]], m: int) -> None:
+        """Tell the agent of all nodes, (name, host, port), and which of them make a parity group. Blocks."""
+        told = [{"node": node, "host": host, "port": port} for node, host, port in members]
+        self._connection.request("join", members=told, groups=[list(group) for group in groups], m=m)
+
+    def recoverable(self) -> list[int]:
+        """Steps at which this rank's image can be had from other nodes' memory, whole or from parity. Blocks."""
+        steps: list[int] = self._connection.request("recoverable", within_s=PEERS_S)["steps"]
+        return steps
+
+    def recover(self, step: int, within_s: float) -> int:
+        """Have the agent fetch this rank's image from other nodes, and verify it; the slot that holds it then. Blocks.
+
+        `release` it if it is not used. Raises LevelFailed or RestoreError where too little of it is left, DamagedImage,
+        OverBudget, TimeoutError.
+        """
+        reply = self._connection.request("recover", step=step, within_s=within_s)
+        slot: int = reply["slot"]
+        return slot
 
     # --- the rest
 

@@ -14,8 +14,9 @@ from resilient.checkpoint.agent.digesting import Digester
 from resilient.checkpoint.agent.loop import Loop
 from resilient.checkpoint.agent.memory import PAGE_BYTES, Memory, available_bytes, check_room, prefault, whole_pages
 from resilient.checkpoint.agent.protocol import Message, ProtocolError
+from resilient.checkpoint.agent.shelf import Shelf
 from resilient.checkpoint.agent.slots import Slot, Slots, SlotState
-from resilient.checkpoint.agent.snapshots import MEMORY, Snapshots, Tell
+from resilient.checkpoint.agent.snapshots import MEMORY, Snapshot, Snapshots, Tell
 from resilient.checkpoint.names import image_name
 from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import LevelFailed, OverBudget
@@ -53,6 +54,7 @@ class Host(Protocol):
     def announce(self, tells: Sequence[Tell]) -> None: ...
     def send(self, rank: int, message: Message, fds: Sequence[int] = ()) -> None: ...
     def on_sealed(self, slot: Slot, record: Record, levels: Sequence[str]) -> None: ...
+    def on_whole(self, snapshot: Snapshot, records: dict[int, Record]) -> None: ...
     def settle(self) -> None: ...
 
 
@@ -62,6 +64,7 @@ class Images:
     def __init__(self, host: Host, loop: Loop, snapshots: Snapshots) -> None:
         self.snapshots = snapshots
         self.slots = Slots(snapshots)
+        self.shelf = Shelf(lambda: loop.post(host.settle))
         self._host = host
         self._loop = loop
         self._memory: dict[int, Memory] = {}
@@ -110,6 +113,23 @@ class Images:
             raise ProtocolError(f"an image of {image_bytes} bytes for a slot of {slot.capacity}")
         self.slots.load(slot)
         return {"slot": slot.id, "capacity": slot.capacity}, [self._memory[slot.id].fd]
+
+    def room(self, rank: int, image_bytes: int, budget_bytes: int) -> tuple[int, memoryview]:
+        """A buffer for a thread of the agent to read an image into: its slot and its memory. Raises OverBudget.
+
+        Nobody else gets it before `leave_room`, whatever becomes of the trainer.
+        """
+        slot = self._find_scratch(rank, image_bytes, budget_bytes)
+        self.slots.load(slot)
+        slot.pins += 1
+        return slot.id, self._memory[slot.id].view
+
+    def leave_room(self, rank: int, slot_id: int, *, keep: bool) -> None:
+        """The thread is done with its buffer. `keep`: the image in it is whole, and its trainer still there."""
+        slot = self.slots.owned(slot_id, rank, SlotState.LOADING)
+        slot.pins -= 1
+        if not keep:
+            self._drop_fill(slot, rank, "")
 
     def _find_scratch(self, rank: int, image_bytes: int, budget_bytes: int) -> Slot:
         idle = [slot for slot in self.slots.of(rank) if slot.state is SlotState.FREE and not slot.planned]
@@ -194,12 +214,20 @@ class Images:
             software=fill.plan.software,
             life=fill.plan.life,
         )
+        snapshot.life = record.life
         self._records[slot.id] = record
         self.slots.sealed(slot)
+        self.shelf.put(slot.id, record, self._memory[slot.id].view[: slot.image_bytes])
         self._host.send(rank, {"event": "sealed", "step": snapshot.step, "rank": rank})
         self._host.on_sealed(slot, record, fill.levels)  # pins the slot, before anything can free it
         self._host.announce(self.snapshots.arrive(snapshot.key, MEMORY, rank))
+        if snapshot.arrived[MEMORY] == snapshot.node_ranks:
+            self._host.on_whole(snapshot, self._records_of(snapshot))
         self._host.settle()
+
+    def _records_of(self, snapshot: Snapshot) -> dict[int, Record]:
+        slots = [slot for slot in self.slots.sealed_images() if slot.snapshot is snapshot]
+        return {slot.image_rank: self._records[slot.id] for slot in slots}
 
     # --- reading
 
@@ -250,6 +278,7 @@ class Images:
         snapshot = self.snapshots.adopt(record.step, record.world_size)
         self.slots.adopted(slot, snapshot, record.rank, record.image_bytes)
         self._records[slot.id] = record
+        self.shelf.put(slot.id, record, self._memory[slot.id].view[: record.image_bytes])
 
     def release(self, rank: int, slot_id: int) -> None:
         slot = self.slots.owned(slot_id, rank, SlotState.LOADING, SlotState.SEALED)
@@ -287,13 +316,13 @@ class Images:
         self._plans.pop(rank, None)
         for slot in self.slots.of(rank):
             slot.planned = False
-            if slot.state in (SlotState.FILLING, SlotState.LOADING):
+            if slot.state in (SlotState.FILLING, SlotState.LOADING) and not slot.pins:
                 self._drop_fill(slot, rank, f"the trainer of rank {rank} ended before its image was whole")
         self._host.announce(self.snapshots.leave(rank))
 
     def recycle(self) -> None:
         """Free what is not needed any more, tell the owners, and give memory back that is in no plan."""
-        for slot in self.slots.recycle():
+        for slot in self.slots.recycle(lambda slot: self.shelf.withdraw(slot.id)):
             self._records.pop(slot.id, None)
             self._tell_free(slot)
         self._give_back_unplanned()
@@ -319,6 +348,7 @@ class Images:
         self._stopped.set()
         for digester in self._digesters.values():
             digester.stop()
+        self.shelf.clear()
         for memory in self._memory.values():
             memory.drop()
 

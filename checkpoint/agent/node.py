@@ -5,6 +5,7 @@ Requests get a reply, the others none:
     hello     first of all; shows the token, says who it is      plan      buffers for images of a plan
     begin, filled, seal, abort   (no reply) one image            complete, failed   (no reply) what the leader heard
     images, map, unmap           reading sealed images           scratch, adopt, release   loading images
+    token, listen, join          the agents of other nodes       recoverable, recover   images that those have
     restored  the image that the rank goes on from; its others are not needed
     flush     wait for this rank's writes                        status    what the agent holds and uses
     bye       a clean end: with keep = false from all ranks of the node the agent may end too
@@ -24,6 +25,7 @@ from typing import Any
 from resilient.checkpoint.agent.claiming import ClaimKeeper
 from resilient.checkpoint.agent.images import Images, Plan
 from resilient.checkpoint.agent.loop import Loop
+from resilient.checkpoint.agent.protecting import Member, Protecting
 from resilient.checkpoint.agent.protocol import (
     PROTOCOL,
     Message,
@@ -36,10 +38,21 @@ from resilient.checkpoint.agent.protocol import (
 )
 from resilient.checkpoint.agent.session import Session
 from resilient.checkpoint.agent.slots import Slot
-from resilient.checkpoint.agent.snapshots import ALL, DURABLE, LEADER, LEVELS, MEMORY, Snapshots, Tell
+from resilient.checkpoint.agent.snapshots import (
+    ALL,
+    DURABLE,
+    LEADER,
+    LEVELS,
+    LOCAL,
+    PARITY,
+    Snapshot,
+    Snapshots,
+    Tell,
+)
 from resilient.checkpoint.agent.writing import OpenStore, Stores, Writing
+from resilient.checkpoint.peers.transport import Address
 from resilient.checkpoint.record import Record
-from resilient.errors import ResilientError, UrlInUse, UsageError
+from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError, UrlInUse, UsageError
 from resilient.policy import Policy
 
 Answer = tuple[Message, list[int]]
@@ -61,6 +74,7 @@ class Node:
         self.images = Images(self, loop, self.snapshots)
         self._stores = Stores(open_store)
         self.writing = Writing(loop, clock, self._stores, self.snapshots, self.images, self.announce, self.settle)
+        self.protecting = Protecting(self, loop, self.images, self.snapshots)
         self._loop = loop
         self._token = token
         self._url: str | None = None
@@ -83,6 +97,11 @@ class Node:
             "adopt": self._adopt,
             "release": self._release,
             "restored": self._restored,
+            "token": lambda _session, _message: ({"token": self.protecting.token}, []),
+            "listen": self._listen,
+            "join": self._join,
+            "recoverable": self._recoverable,
+            "recover": self._recover,
             "flush": self._flush,
             "status": lambda _session, _message: (self._status(), []),
             "bye": self._bye,
@@ -149,7 +168,7 @@ class Node:
                 self.by_rank[min(self.by_rank)].send(event)
             else:
                 self.send(to, event)
-            if event["event"] == "complete" and event["level"] != MEMORY:
+            if event["event"] == "complete" and event["level"] in (LOCAL, DURABLE):
                 self.writing.retain(event["level"], event["step"])
 
     def send(self, rank: int, message: Message, fds: Sequence[int] = ()) -> None:
@@ -157,11 +176,17 @@ class Node:
             session.send(message, fds)
 
     def on_sealed(self, slot: Slot, record: Record, levels: Sequence[str]) -> None:
+        if PARITY in levels and slot.snapshot is not None:
+            self.announce(self.snapshots.due(slot.snapshot.key, PARITY))
         self.writing.write(slot, record, levels)
+
+    def on_whole(self, snapshot: Snapshot, records: dict[int, Record]) -> None:
+        self.protecting.whole(snapshot, records)
 
     def settle(self) -> None:
         """What may follow from any change: slots are free, flushes are over, the URL is not needed."""
         self.images.recycle()
+        self.protecting.keep()
         self._give_url_back()
         for session, request_id in list(self._flushing):
             assert session.rank is not None
@@ -318,7 +343,7 @@ class Node:
         return NOTHING
 
     def _complete(self, session: Session, message: Message) -> Answer:
-        self.announce(self.snapshots.complete(_level(message), whole(message, "step")))
+        self.announce(self.snapshots.complete(_level(message), whole(message, "step"), message.get("life")))
         return NOTHING
 
     def _failed(self, session: Session, message: Message) -> Answer:
@@ -354,6 +379,58 @@ class Node:
         self.images.restored(_rank(session), whole(message, "slot"))
         return NOTHING
 
+    # --- other nodes
+
+    def _listen(self, session: Session, message: Message) -> Answer:
+        assert self.policy is not None
+        node, token, host = (text(message, key) for key in ("node", "token", "host"))
+        address = self.protecting.listen(node, token, host, self.policy)
+        return {"host": address.host, "port": address.port}, []
+
+    def _join(self, session: Session, message: Message) -> Answer:
+        raw, groups = message.get("members"), message.get("groups")
+        if not isinstance(raw, list) or not isinstance(groups, list):
+            raise ProtocolError("members or groups are no lists")
+        members = [Member(text(each, "node"), Address(text(each, "host"), whole(each, "port"))) for each in raw]
+        numbers = [wholes({"group": group}, "group") for group in groups]
+        if any(number >= len(members) for group in numbers for number in group):
+            raise ProtocolError("a group has members that there are not")
+        self.protecting.join(members, numbers, whole(message, "m"))
+        return NOTHING
+
+    def _recoverable(self, session: Session, message: Message) -> None:
+        request_id = whole(message, "id")
+        self.protecting.recoverable(
+            _rank(session),
+            lambda steps: session.send({"id": request_id, "ok": True, "steps": steps}),
+            lambda error: session.send(error_reply(request_id, error)),
+        )
+
+    def _recover(self, session: Session, message: Message) -> None:
+        """Into a scratch slot, which is adopted: the trainer maps it as it maps any image."""
+        rank, step, request_id = _rank(session), whole(message, "step"), whole(message, "id")
+
+        def make_room(nbytes: int) -> tuple[int, memoryview]:
+            if session.closed or self.policy is None:
+                raise LevelFailed(f"the trainer of rank {rank} is gone")
+            return self.images.room(rank, nbytes, self.policy.budget_bytes(nbytes))
+
+        def done(slot: int, record: Record) -> None:
+            self.images.leave_room(rank, slot, keep=not session.closed)
+            if not session.closed:
+                self.images.adopt(rank, slot, step, record.text())
+                session.send({"id": request_id, "ok": True, "slot": slot})
+            self.settle()
+
+        def failed(slot: int, error: ResilientError) -> None:
+            if slot:
+                self.images.leave_room(rank, slot, keep=False)
+            said = error if isinstance(error, OverBudget | DamagedImage) else LevelFailed(str(error))
+            session.send(error_reply(request_id, said))
+            self.settle()
+
+        self.protecting.recover(rank, step, make_room, done, failed)
+
     # --- the rest
 
     def _flush(self, session: Session, message: Message) -> None:
@@ -382,6 +459,7 @@ class Node:
             "images": len(self.images.slots.sealed_images()),
             "snapshots": len(self.snapshots),
             "jobs": dict(self.writing.pending_by_level()),
+            "parity": self.protecting.status(),
             "threads": threading.active_count(),
             "fds": len(os.listdir("/proc/self/fd")),
             "resident_bytes": _resident_bytes(),

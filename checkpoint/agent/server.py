@@ -163,6 +163,7 @@ class Agent:
         for session in list(self._sessions.values()):
             session.close("the agent ends")
         self._node.writing.close()
+        self._node.protecting.close()
         self._node.images.close()
         for claim in (self._node.claim, self._node.former_claim):
             if claim is not None:

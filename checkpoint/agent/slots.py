@@ -9,6 +9,7 @@ descriptors belong to `memory.py`, and the shell that joins the two is `images.p
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from resilient.checkpoint.agent.protocol import ProtocolError
@@ -112,9 +113,12 @@ class Slots:
             slot.snapshot.gone = True
         slot.state, slot.snapshot, slot.image_bytes, slot.released = SlotState.FREE, None, 0, False
 
-    def recycle(self) -> list[Slot]:
-        """Free every slot whose image is not needed any more; returns them. Safe to call at any time."""
-        freed = [slot for slot in self._held.values() if self._recyclable(slot)]
+    def recycle(self, withdrawn: Callable[[Slot], bool] = lambda slot: True) -> list[Slot]:
+        """Free every slot whose image is not needed any more; returns them. Safe to call at any time.
+
+        `withdrawn(slot)` is asked last: whether nobody else reads the image either, from now on.
+        """
+        freed = [slot for slot in self._held.values() if self._recyclable(slot) and withdrawn(slot)]
         for slot in freed:
             self.clear(slot)
         return freed

@@ -6,6 +6,7 @@ stand for two snapshots at once; the older attempt is then `superseded`. A level
     DUE ──all ranks of this node──► NODE ──all ranks of the world──► COMPLETE
       └──────────────a failure─────────┴──► FAILED
 
+Parity is such a level too: an image has arrived there when its node's parity group protects it.
 Every change returns what has to be told to whom. Which slots hold the images is the business of `slots.py`.
 """
 
@@ -16,9 +17,10 @@ from typing import NamedTuple
 
 from resilient.checkpoint.agent.protocol import Message
 
-MEMORY, LOCAL, DURABLE = "memory", "local", "durable"
-LEVELS = (MEMORY, LOCAL, DURABLE)
+MEMORY, PARITY, LOCAL, DURABLE = "memory", "parity", "local", "durable"
+LEVELS = (MEMORY, PARITY, LOCAL, DURABLE)
 ALL, LEADER = -1, -2  # who is told, where it is not one rank
+UNPROTECTED = 2  # so many failures to get parity in a row, and what last had it is too old to go back to
 HELD = 256  # snapshots remembered at most: whatever a program does, this does not grow
 
 
@@ -46,13 +48,14 @@ class Snapshot:
 
     `sessions` are the connections of the ranks that take part in it, `final` the ranks of this node whose bytes are
     final, `arrived` those whose image is at a level. It is `gone` once an image of it has left the memory. `failures`
-    are the events that told of what failed.
+    are the events that told of what failed. `life` is known once an image is sealed (see `Record`).
     """
 
     key: int
     step: int
     world_size: int
     node_ranks: frozenset[int]
+    life: str = ""
     adopted: bool = False
     superseded: bool = False
     gone: bool = False
@@ -65,6 +68,11 @@ class Snapshot:
     def is_complete(self, level: str = MEMORY) -> bool:
         return self.progress.get(level) is Progress.COMPLETE
 
+    def awaits_parity(self) -> bool:
+        """Whether its parity is on its way: of all that is complete in memory only this may become more."""
+        parity = self.progress.get(PARITY)
+        return parity is not None and not parity.settled and not self.superseded and not self.gone
+
 
 class Snapshots:
     """All snapshots that this node takes part in. Not thread-safe: the agent's loop owns it."""
@@ -74,6 +82,7 @@ class Snapshots:
         self.node_ranks: frozenset[int] = frozenset()
         self._held: dict[int, Snapshot] = {}
         self._next_key = 1
+        self._unprotected = 0  # snapshots without parity since the last one with it
 
     def __getitem__(self, key: int) -> Snapshot:
         return self._held[key]
@@ -160,12 +169,13 @@ class Snapshots:
         if snapshot.node_ranks == frozenset(range(snapshot.world_size)):
             return self._completed(snapshot, level)
         snapshot.progress[level] = Progress.NODE
-        return [Tell(LEADER, {"event": "node", "level": level, "step": snapshot.step})]
+        return [Tell(LEADER, _node(level, snapshot))]
 
-    def complete(self, level: str, step: int) -> list[Tell]:
+    def complete(self, level: str, step: int, life: str | None = None) -> list[Tell]:
         """The leader has heard that every node has the step at a level. Nothing happens if this node has not."""
         for snapshot in reversed(self.all()):
-            if snapshot.step == step and snapshot.progress.get(level) is Progress.NODE:
+            meant = snapshot.step == step and life in (None, snapshot.life)
+            if meant and snapshot.progress.get(level) is Progress.NODE:
                 return self._completed(snapshot, level)
         return []
 
@@ -179,6 +189,7 @@ class Snapshots:
         for each in levels:
             if not snapshot.progress[each].settled:
                 snapshot.progress[each] = Progress.FAILED
+                self._unprotected += each == PARITY and level == PARITY
                 told.append(_failed(each, snapshot.step, rank, reason))
                 snapshot.failures.append(told[-1].event)
         return told
@@ -199,7 +210,7 @@ class Snapshots:
     def unanswered(self) -> list[Tell]:
         """What a new leader has to be asked again."""
         return [
-            Tell(LEADER, {"event": "node", "level": level, "step": snapshot.step})
+            Tell(LEADER, _node(level, snapshot))
             for snapshot in self.all()
             for level, progress in snapshot.progress.items()
             if progress is Progress.NODE
@@ -209,14 +220,35 @@ class Snapshots:
 
     def newest_complete(self) -> Snapshot | None:
         """The snapshot to go back to: the newest of the latest attempt, else the newest of an earlier one."""
-        complete = [each for each in self._held.values() if each.is_complete() and not each.gone]
-        return max(complete, key=lambda each: (not each.superseded, each.step, each.key), default=None)
+        return self._newest(MEMORY)
+
+    def newest_protected(self) -> Snapshot | None:
+        """The snapshot to go back to when nodes are lost; None where newer ones make do without parity."""
+        newest, protected = self.newest_complete(), self._newest(PARITY)
+        given_up = newest is not None and protected is not None and newest.key > protected.key
+        given_up = given_up and (newest is not None and PARITY not in newest.progress)
+        return None if given_up or self._unprotected >= UNPROTECTED else protected
+
+    def wanted_parity(self) -> set[tuple[str, int]]:
+        """(life, step) of the snapshots whose parity is to be made, or to be kept."""
+        protected = self.newest_protected()
+        return {
+            (each.life, each.step)
+            for each in self._held.values()
+            if each is protected or (each.life and each.awaits_parity())
+        }
 
     def is_needed(self, snapshot: Snapshot) -> bool:
-        """Whether the images of a snapshot have to stay in memory (law 4)."""
-        newest = self.newest_complete()
-        if snapshot is newest:
+        """Whether the images of a snapshot have to stay in memory (law 4, for data and parity together).
+
+        Where there is parity, what has it is kept, and what may get it. A snapshot that failed to get it is kept only
+        if none has it: with two buffers there would be none for the next one, which is to have it again.
+        """
+        newest, protected = self.newest_complete(), self.newest_protected()
+        if snapshot is protected or (snapshot.is_complete() and snapshot.awaits_parity()):
             return True
+        if snapshot is newest:
+            return protected is None or snapshot.progress.get(PARITY) is not Progress.FAILED
         if snapshot.progress[MEMORY].settled:
             return False  # it has failed, or a newer one is complete
         if newest is None:
@@ -238,6 +270,10 @@ class Snapshots:
                 del self._held[key]
 
     # --- inside
+
+    def _newest(self, level: str) -> Snapshot | None:
+        complete = [each for each in self._held.values() if each.is_complete(level) and not each.gone]
+        return max(complete, key=lambda each: (not each.superseded, each.step, each.key), default=None)
 
     def _new(self, step: int, world_size: int, node_ranks: frozenset[int]) -> Snapshot:
         snapshot = Snapshot(key=self._next_key, step=step, world_size=world_size, node_ranks=node_ranks)
@@ -270,7 +306,13 @@ class Snapshots:
 
     def _completed(self, snapshot: Snapshot, level: str) -> list[Tell]:
         snapshot.progress[level] = Progress.COMPLETE
+        if level == PARITY:
+            self._unprotected = 0
         return [Tell(ALL, {"event": "complete", "level": level, "step": snapshot.step})]
+
+
+def _node(level: str, snapshot: Snapshot) -> Message:
+    return {"event": "node", "level": level, "step": snapshot.step, "life": snapshot.life}
 
 
 def _failed(level: str, step: int, rank: int | None, reason: str) -> Tell:

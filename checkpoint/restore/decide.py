@@ -11,7 +11,7 @@ from typing import Any
 
 from resilient.errors import LayoutMismatch, LevelFailed, ResilientError, RestoreError
 
-LEVELS = ("memory", "local", "durable")
+LEVELS = ("memory", "parity", "local", "durable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

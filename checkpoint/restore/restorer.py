@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from resilient import errors
-from resilient.checkpoint.agent.client import AgentClient, Slot
+from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.leaves import Leaves, no_collection
 from resilient.checkpoint.levels.image_io import read_image_range, read_record
@@ -71,9 +71,10 @@ class Restorer:
         policy: Policy,
         *,
         fresh: bool,
+        peers: bool = False,
     ) -> None:
         """`found`: the state as it is, walked. `fresh`: it is worth nothing yet, so blocks may be loaded before others
-        are verified.
+        are verified. `peers`: whether the agents of other nodes can be asked for images.
         """
         self._client = client
         self._world = world
@@ -83,9 +84,10 @@ class Restorer:
         self._urls = {"durable": url} | ({} if policy.local is None else {"local": policy.local})
         self._stores: dict[str, Store] = {}
         self._fresh = fresh
+        self._peers = peers
         self._mixed = False  # whether blocks of an image that turned out to be damaged are in the state
         self._slot = 0  # where this rank's opened image lies in the agent's memory
-        self._adopted: Slot | None = None  # the same, if it was read into there from a lower level
+        self._adopted = 0  # the same, if it was read into there from another level or node
 
     def restore(self, extras: Extras) -> Restored | None:
         """Load the newest snapshot that every rank can verify; None where there is none. See Checkpointer.restore."""
@@ -152,7 +154,7 @@ class Restorer:
         return [
             Facts(
                 rank=rank,
-                steps={"memory": tuple(row["memory"]), "local": tuple(row["local"]), "durable": ours},
+                steps={**{level: tuple(row[level]) for level in ("memory", "parity", "local")}, "durable": ours},
                 other_worlds=others,
                 unseen=tuple(row["unseen"]),
             )
@@ -169,10 +171,20 @@ class Restorer:
         durable = complete_steps(self._names("durable", unseen)) if rank == 0 else {}
         return {
             "memory": sorted({image.step for image in images if (image.rank, image.world_size) == (rank, size)}),
+            "parity": self._recoverable(unseen),
             "local": [step for step, sizes in local.items() if rank in sizes.get(size, ())],
             "durable": list(durable.items()),
             "unseen": unseen,
         }
+
+    def _recoverable(self, unseen: list[str]) -> list[int]:
+        """The steps at which this rank's image can be had from other nodes."""
+        try:
+            return self._client.recoverable() if self._peers else []
+        except (LevelFailed, TimeoutError) as error:
+            unseen.append(f"rank {self._world.rank}: {error}")
+            _log.warning("rank %d: other nodes cannot be asked for images: %s", self._world.rank, error)
+            return []
 
     def _names(self, level: str, unseen: list[str]) -> list[str]:
         """What a level lists. One that is out of reach is noted, for the others may still serve."""
@@ -221,8 +233,9 @@ class Restorer:
     def _open(self, step: int, level: str, opened: ExitStack) -> Image:
         """This rank's image; only its header and objects are read and verified by now."""
         rank, size = self._world.rank, self._world.world_size
-        if level == "memory":
-            mapped = opened.enter_context(self._client.map_image(rank, step, size))
+        if level in ("memory", "parity"):
+            slot = self._recover(step) if level == "parity" else None
+            mapped = opened.enter_context(self._client.map_image(rank, step, size, slot_id=slot))
             self._slot = mapped.slot_id
             return Image(InMemory(mapped.record, level, mapped.view, read=mapped.read))
         store = self._stores[level]
@@ -231,6 +244,14 @@ class Restorer:
         opened.callback(source.close)
         source.begin()
         return Image(source)
+
+    def _recover(self, step: int) -> int:
+        """This rank's image, fetched from other nodes into the memory of this one's agent; the slot that it is in."""
+        try:
+            self._adopted = self._client.recover(step, self._policy.write_timeout_s)
+        except TimeoutError as error:
+            raise LevelFailed(str(error)) from error
+        return self._adopted
 
     # ---- filling the state from this rank's image
 
@@ -250,7 +271,7 @@ class Restorer:
             if shared and isinstance(image.source, InStore):
                 self._hold(image, shared)
             proposal.install()
-            image.source.stream(Scatter(span for span in proposal.ranges if span.image_rank == image.record.rank).take)
+            image.source.load(Scatter(span for span in proposal.ranges if span.image_rank == image.record.rank))
 
         damaged = self._agree(decision, fill)
         self._mixed = self._mixed or bool(damaged)
@@ -279,25 +300,25 @@ class Restorer:
         elif isinstance(source, InStore):
             size = image.record.image_bytes
             image.source = source.hold(self._shared_memory(size) if shared else private_memory(size))
-            if self._adopted is not None:
+            if shared:
                 self._client.adopt(self._adopted, image.record.step, image.record)
 
     def _shared_memory(self, size: int) -> memoryview:
         """A buffer of the agent: the other ranks of this node read our image too, once it is adopted."""
         slot = self._client.scratch(size, self._policy.budget_bytes(size))
-        self._adopted, self._slot = slot, slot.id
+        self._adopted = self._slot = slot.id
         return slot.view[:size]
 
     def _let_go(self) -> None:
         """Give back the buffer of an image that is not used after all."""
-        slot, self._adopted, self._slot = self._adopted, None, 0
-        if slot is not None:
+        slot, self._adopted, self._slot = self._adopted, 0, 0
+        if slot:
             with suppress(ResilientError):
                 self._client.release(slot)
 
     def _keep(self) -> None:
         """The training goes on from the opened image: it stays, and this rank's other images need not."""
-        self._adopted = None
+        self._adopted = 0
         with suppress(ResilientError):  # without its agent the rank still has its state; the next save finds another
             self._client.restored(self._slot)
 

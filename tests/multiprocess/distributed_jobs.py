@@ -158,6 +158,13 @@ def own() -> Job:
     return trained(model, adamw(model.parameters()), 4)
 
 
+def own_four() -> Job:
+    """Images of very different sizes."""
+    inputs = (300_000, 10, 100_000, 1000)[dist.get_rank()]
+    model = nn.Linear(inputs, 3)
+    return trained(model, adamw(model.parameters()), inputs)
+
+
 def made(make: Callable[[], Job], seed: int) -> Job:
     """A job whose initial values depend on the seed, and whose random numbers on the rank too."""
     torch.manual_seed(seed)

@@ -63,12 +63,29 @@ def test_levels_are_due_in_order_and_each_at_its_interval(every: tuple[int, int,
     assert ("memory" in due) == (step % memory_every == 0 or len(due) > 0)
 
 
+def test_parity_follows_every_snapshot_in_memory() -> None:
+    policy = Policy(memory_every=2, parity="2+1", durable_every=3)
+    assert policy.levels_due(2) == ("memory", "parity")
+    assert policy.levels_due(3) == ("memory", "parity", "durable")
+    assert policy.levels_due(1) == ()
+
+
+def test_the_sizes_of_parity_are_read_from_its_text() -> None:
+    assert Policy(parity=" 8+2 ").parity_sizes() == (8, 2)
+    assert Policy().parity_sizes() is None
+
+
 # The budget
 
 
 def test_the_default_budget_is_two_images_and_five_percent() -> None:
     assert Policy().budget_bytes(100) == 210
     assert Policy().budget_bytes(1) == 3
+
+
+def test_a_stated_budget_holds_parity_too() -> None:
+    assert Policy(memory_budget=1200, parity="4+2").budget_bytes(1) == 800
+    assert Policy(parity="4+2").budget_bytes(100) == 210, "of two images, whose parity comes on top"
 
 
 def test_a_stated_budget_does_not_depend_on_the_image() -> None:
@@ -119,6 +136,14 @@ def test_a_size_that_can_be_misread_is_refused(text: str) -> None:
         ("memory_budget", True),
         ("memory_budget", 1.5),
         ("memory_budget", "0.1 B"),
+        ("parity", "4"),
+        ("parity", "0+1"),
+        ("parity", "4+0"),
+        ("parity", "126+2"),
+        ("parity", 5),
+        ("peer_bandwidth", 0),
+        ("peer_address", ""),
+        ("scrub_bandwidth", "fast"),
         ("on_pressure", "panic"),
         ("on_pressure", None),
         ("durable_compression", "gzip"),
@@ -160,6 +185,11 @@ def test_keys_that_contradict_each_other_are_refused(keys: Mapping[str, Any]) ->
         Policy(**keys)
     assert all(f"{key} = {value}" in str(caught.value) for key, value in keys.items())
     assert "or leave" in str(caught.value)
+
+
+def test_failure_domains_without_parity_are_refused() -> None:
+    with pytest.raises(PolicyError, match=r"failure_domains = 'd.toml' has no effect"):
+        Policy(failure_domains="d.toml")
 
 
 # Mappings
@@ -280,6 +310,11 @@ TEXTS = {
     "keep_every": ("30", 30),
     "local_keep_last": ("3", 3),
     "memory_budget": ("24 GiB", "24 GiB"),
+    "parity": ("4+2", "4+2"),
+    "failure_domains": ("domains.toml", "domains.toml"),
+    "peer_address": ("10.0.0.1", "10.0.0.1"),
+    "peer_bandwidth": ("500 MB", "500 MB"),
+    "scrub_bandwidth": ("10 MB", "10 MB"),
     "on_pressure": ("skip", "skip"),
     "durable_compression": ("zstd", "zstd"),
     "run_id": ("42", "42"),
@@ -294,7 +329,7 @@ TEXTS = {
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_can_be_given_by_its_variable(key: str) -> None:
     text, value = TEXTS[key]
-    policy = Policy.from_environment(Policy(local="/l"), {f"RESILIENT_{key.upper()}": text})
+    policy = Policy.from_environment(Policy(local="/l", parity="2+1"), {f"RESILIENT_{key.upper()}": text})
     assert getattr(policy, key) == value
     assert type(getattr(policy, key)) is type(value)
 

@@ -272,10 +272,10 @@ def test_scratch_adopt_and_release_let_other_ranks_read_what_one_has_loaded(serv
     image = image_of(5, 40)
     slot = loader.client.scratch(len(image), budget_bytes=len(image))
     slot.view[: len(image)] = image
-    loader.client.adopt(slot, 40, _record(5, 40, image))
+    loader.client.adopt(slot.id, 40, _record(5, 40, image))
     assert reader.image(5, 40) == image
     with reader.client.map_image(5, 40) as mapped:
-        loader.client.release(slot)
+        loader.client.release(slot.id)
         assert bytes(mapped.view) == image
     reader.client.status()
     assert reader.client.images() == []
@@ -303,9 +303,9 @@ def test_scratch_beyond_the_budget_is_refused_and_a_released_one_is_used_again(s
     slot = trainer.client.scratch(100_000, budget_bytes=150_000)
     with pytest.raises(OverBudget, match="does not fit its memory budget of 150000 bytes"):
         trainer.client.scratch(100_000, budget_bytes=150_000)
-    trainer.client.release(slot)
+    trainer.client.release(slot.id)
     assert trainer.client.scratch(90_000, budget_bytes=150_000).id == slot.id
-    trainer.client.release(slot)
+    trainer.client.release(slot.id)
     assert slot.id in {each.id for each in trainer.plan(95_000)}, "its pages are there already"
 
 
@@ -317,5 +317,5 @@ def test_scratch_after_a_plan_takes_a_free_slot_and_gives_it_back(served: Served
     other = trainer.client.take_free_slot(0)
     assert other is not None
     assert trainer.client.take_free_slot(0) is None
-    trainer.client.release(slot)
+    trainer.client.release(slot.id)
     assert trainer.client.take_free_slot(20) is slot

@@ -174,7 +174,7 @@ def test_a_scratch_slot_that_no_plan_holds_is_given_back_when_it_is_released(ser
     before = trainer.client.status()["bytes"]
     slot = trainer.client.scratch(50_000, budget_bytes=100_000)
     assert trainer.client.status()["bytes"] > before
-    trainer.client.release(slot)
+    trainer.client.release(slot.id)
     assert trainer.client.status()["bytes"] == before
 
 

@@ -1,0 +1,171 @@
+"""One row's parity, made on its primary: read k shards, verify, encode, keep parity 0, push the others.
+
+The job can be run again after a failure and goes on where all parity was kept. `steps` is the work, block by block, for
+whoever drives it: a thread (`service.py`) or a simulation. What it needs of the world is in `Hands`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Protocol
+
+from resilient.checkpoint.digest import digest
+from resilient.checkpoint.parity.facts import Sealed
+from resilient.checkpoint.parity.gather import Gather, Part, SourceFailed, Taken
+from resilient.checkpoint.parity.layout import Layout, image_range
+from resilient.checkpoint.parity.memory import Blocks, zero
+from resilient.ec.codec import Codec
+from resilient.errors import DamagedImage, LevelFailed, ResilientError
+
+
+class Submit(Protocol):
+    """Runs a call on some thread, or at once."""
+
+    def __call__(self, call: Callable[[], None], /) -> "Future[None]": ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hands:
+    """`keep(j, number, nbytes)` is where a block of this node's own parity goes, `push(node, j, offset, data, digest)`
+    sends a block to another keeper. `submit` does pushes meanwhile; `in_flight` bounds how many."""
+
+    gather: Gather
+    blocks: Blocks
+    keep: Callable[[int, int, int], AbstractContextManager[memoryview]]
+    push: Callable[[str, int, int, memoryview, str], None]
+    submit: Submit
+    in_flight: int = 4
+
+
+class Stopped(Exception):
+    """The job was told to stop. Never leaves this package."""
+
+
+class RowJob:
+    """The parity of one row. One thread at a time drives it; `stop` may be called from any."""
+
+    def __init__(self, layout: Layout, row: int, images: Mapping[int, Sealed], hands: Hands) -> None:
+        self.layout = layout
+        self.row = row
+        self._images = images
+        self._hands = hands
+        self._codec = codec_of(layout.stripe.k, layout.stripe.m)
+        count = layout.blocks(row)
+        self._digests: list[list[str]] = [[""] * count for _ in range(layout.stripe.m)]
+        self._kept = [[False] * count for _ in range(layout.stripe.m)]
+        self._pushing: list[Future[None]] = []
+        self._damaged: set[tuple[int, int]] = set()
+        self._stopped = False
+        self.damaged_again = False
+
+    def stop(self) -> None:
+        """`steps` raises Stopped as soon as it can."""
+        self._stopped = True
+
+    def steps(self) -> Iterator[None]:
+        """Encode what is not yet kept; yields after each block. Raises Stopped, LevelFailed, DamagedImage.
+
+        Once it has ended, all parity of the row is kept: see `digests`.
+        """
+        numbers = [number for number in range(self.layout.blocks(self.row)) if not self._is_kept(number)]
+        positions = [self._parts(number) for number in numbers]
+        try:
+            with closing(self._hands.gather(positions, self._verify)) as gathered:
+                for number, taken in zip(numbers, gathered, strict=True):
+                    self._encode(number, taken)
+                    yield
+            self._settle(0)
+        except SourceFailed as error:
+            raise _as_failure(error, self.layout, self.row) from error
+        finally:
+            self._pushing.clear()  # they may end as they like: what they push then counts as kept
+
+    def digests(self) -> tuple[str, ...]:
+        """The digests of all blocks of each parity, end to end."""
+        return tuple("".join(texts) for texts in self._digests)
+
+    def _is_kept(self, number: int) -> bool:
+        return all(kept[number] for kept in self._kept)
+
+    def _parts(self, number: int) -> list[Part]:
+        stripe = self.layout.stripe
+        return [
+            Part(
+                node=stripe.members[block.member].node,
+                name=image_range(stripe.life, stripe.step, block.rank),
+                offset=block.block * stripe.block_bytes,
+                nbytes=block.nbytes,
+                digest=self._images[block.rank].digest_of(block.block),
+                shard=block.shard,
+            )
+            for block in self.layout.shards(self.row, number)
+        ]
+
+    def _verify(self, part: Part, view: memoryview) -> None:
+        """Called on reading threads. A block that differs twice is damaged where it lies, not on its way."""
+        if self._stopped:
+            raise LevelFailed("the encoding was given up")
+        if digest(view) != part.digest:
+            where = part.shard, part.offset
+            self.damaged_again = where in self._damaged
+            self._damaged.add(where)
+            raise DamagedImage(f"{part.name} at offset {part.offset} on node {part.node} is damaged")
+
+    def _encode(self, number: int, taken: Taken) -> None:
+        if self._stopped:
+            raise Stopped
+        width = self.layout.nbytes(self.row, number)
+        zeros = self._hands.blocks.zeros()[:width]
+        data = [zeros] * self.layout.stripe.k
+        for part, view in taken:
+            data[part.shard] = padded(view, width)
+        others = [self._hands.blocks.take() for _ in range(1, self.layout.stripe.m)]
+        with self._hands.keep(0, number, width) as mine:
+            self._codec.encode(data, [mine, *(block[:width] for block in others)])
+            self._digests[0][number] = digest(mine)
+        self._kept[0][number] = True
+        for j, block in enumerate(others, 1):
+            self._settle(self._hands.in_flight * len(others) - 1)
+            self._pushing.append(self._hands.submit(partial(self._push, j, number, block, width)))
+
+    def _push(self, j: int, number: int, block: memoryview, width: int) -> None:
+        stripe = self.layout.stripe
+        try:
+            if self._stopped:
+                return
+            data = block[:width]
+            found = self._digests[j][number] = digest(data)
+            keeper = stripe.members[self.layout.keepers(self.row)[j]].node
+            self._hands.push(keeper, j, number * stripe.block_bytes, data, found)
+            self._kept[j][number] = True
+        finally:
+            self._hands.blocks.give(block)
+
+    def _settle(self, most: int) -> None:
+        """Wait until at most so many pushes are on their way. Raises what one of them raised, and Stopped."""
+        while len(self._pushing) > most:
+            self._pushing.pop(0).result()
+        if self._stopped:
+            raise Stopped
+
+
+def padded(view: memoryview, width: int) -> memoryview:
+    """A block of a buffer, with zeros up to `width`: its buffer is at least as long."""
+    if view.nbytes == width:
+        return view
+    whole = memoryview(view.obj)[:width]
+    zero(whole[view.nbytes :])
+    return whole
+
+
+@lru_cache(maxsize=64)
+def codec_of(k: int, m: int) -> Codec:
+    return Codec(k, m)
+
+
+def _as_failure(error: SourceFailed, layout: Layout, row: int) -> ResilientError:
+    what = f"row {row} of step {layout.stripe.step} could not be encoded: "
+    kind: type[ResilientError] = DamagedImage if isinstance(error.error, DamagedImage) else LevelFailed
+    return kind(f"{what}{error.error}")

@@ -1,0 +1,131 @@
+"""How the agents of a job come to know one another: token, addresses and parity groups, agreed on by the ranks.
+
+Once, when a Checkpointer is made, by all ranks together. What was agreed is kept, so that an agent that is started
+anew can be told again (`Peering.introduce`). Which nodes protect one another is decided in `ec/groups.py`.
+"""
+
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from resilient.checkpoint.agent.client import AgentClient
+from resilient.checkpoint.world import World
+from resilient.ec.domains import Document, Domains, Host, decide_domains, host_of
+from resilient.ec.groups import Grouping, decide_groups
+from resilient.errors import LevelFailed, ResilientError
+from resilient.policy import Policy
+
+T = TypeVar("T")
+
+_log = logging.getLogger("resilient")
+_TOKEN = "RESILIENT_TOKEN"
+_LOOPBACK = "127.0.0.1"
+_PROBE_PORT = 9  # nothing is sent there: a datagram socket that is connected only chooses a route
+
+
+@dataclass(frozen=True, slots=True)
+class Peering:
+    """What all agents of the job were told, and what this rank tells its own: only each node's first rank does."""
+
+    token: str
+    host: str
+    node: str
+    leads: bool
+    members: tuple[tuple[str, str, int], ...]
+    grouping: Grouping
+
+    def introduce(self, client: AgentClient) -> None:
+        """Tell this node's agent, perhaps a new one, whom it belongs to; it tells the others where it listens.
+
+        Blocks. Raises LevelFailed where it cannot listen, AgentLost.
+        """
+        if self.leads:
+            client.listen(self.node, self.token, self.host)
+            client.join(self.members, [group.members for group in self.grouping.groups], self._m())
+
+    def _m(self) -> int:
+        return self.grouping.groups[0].m
+
+
+def arrange_peering(
+    world: World, policy: Policy, client: AgentClient, environment: Mapping[str, str]
+) -> Peering | None:
+    """Agree on who talks to whom; None where there is no parity: none is asked for, or there are too few nodes.
+
+    Collective. Raises LevelFailed on all ranks where an agent cannot listen, UsageError for failure domains that
+    cannot be read.
+    """
+    sizes = policy.parity_sizes()
+    if sizes is None:
+        return None
+    leads = world.rank == min(world.node_ranks)
+    nodes = list(dict.fromkeys(world.nodes))
+    leaders = [world.nodes.index(node) for node in nodes]
+    domains = _agree_on_domains(world, leaders, policy, environment)
+    grouping = decide_groups(domains.nodes, *sizes)
+    if world.rank == 0:
+        told = (policy.parity, grouping.reason, domains.reason)
+        _log.log(logging.INFO if grouping.groups else logging.WARNING, "parity %s: %s (%s)", *told)
+    if not grouping.groups:
+        return None
+    token = _agree_on_token(world, client, leads, environment)
+    host = policy.peer_address or _own_address(environment)
+    found = _together(world, lambda: client.listen(world.node, token, host) if leads else None)
+    addresses = [address for address in found if address is not None]
+    members = tuple((node, address[0], address[1]) for node, address in zip(nodes, addresses, strict=True))
+    peering = Peering(token, host, world.node, leads, members, grouping)
+    _together(world, lambda: peering.introduce(client))
+    return peering
+
+
+def _agree_on_domains(world: World, leaders: Sequence[int], policy: Policy, environment: Mapping[str, str]) -> Domains:
+    """The failure domains of the nodes, in the order of their first ranks. Rank 0 reads the file, if there is one."""
+    hosts = world.gather(asdict(host_of(world.node, environment)))
+    path = policy.failure_domains
+    texts = _together(world, lambda: Path(path).read_text("utf-8") if path is not None and world.rank == 0 else None)
+    file = Document(path, texts[0]) if path is not None and texts[0] is not None else None
+    return decide_domains([Host(**hosts[at]) for at in leaders], file=file)
+
+
+def _agree_on_token(world: World, client: AgentClient, leads: bool, environment: Mapping[str, str]) -> str:
+    """The launcher's token; else the one that agents of an earlier life have; else a new one, made by rank 0."""
+    given = environment.get(_TOKEN)
+    known = _together(world, lambda: given or (client.token() if leads else None))
+    fresh: str = world.gather(secrets.token_hex(32) if world.rank == 0 else None)[0]
+    return next((token for token in known if token), fresh)
+
+
+def _together(world: World, work: Callable[[], T]) -> list[T]:
+    """The result of every rank's `work`, or on every rank the error of one that failed."""
+    result: Any = None
+    problem: Exception | None = None
+    try:
+        result = work()
+    except (ResilientError, OSError) as error:
+        problem = error
+    rows = world.gather([result, None if problem is None else str(problem)])
+    if problem is not None:
+        raise problem
+    for rank, (_, text) in enumerate(rows):
+        if text is not None:
+            raise LevelFailed(f"rank {rank} could not join the others' agents: {text}")
+    return [found for found, _ in rows]
+
+
+def _own_address(environment: Mapping[str, str]) -> str:
+    """The address that this node reaches the job's master from; loopback where there is no master but this node."""
+    master = environment.get("MASTER_ADDR", _LOOPBACK)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(master, _PROBE_PORT, type=socket.SOCK_DGRAM)[0]
+        with closing(socket.socket(family, kind)) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise LevelFailed(
+            f"no address of this node is known that others can reach ({master!r}: {error}); set peer_address"
+        ) from error

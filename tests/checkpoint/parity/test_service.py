@@ -1,0 +1,181 @@
+"""The service of several nodes: parity becomes whole, nodes are lost, and what they held comes back bit for bit."""
+
+from collections.abc import Callable, Iterator
+from itertools import combinations
+
+import pytest
+
+from resilient.checkpoint.digest import BLOCK_BYTES
+from resilient.errors import LevelFailed
+from tests.checkpoint.parity.cluster import Cluster
+
+Eventually = Callable[..., None]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster()
+    yield made
+    made.stop()
+
+
+def fetch(cluster: Cluster, name: str, rank: int, step: int) -> bytearray:
+    rooms: list[bytearray] = []
+
+    def room(nbytes: int) -> memoryview:
+        rooms.append(bytearray(nbytes))
+        return memoryview(rooms[-1])
+
+    record = cluster.nodes[name].service.recover(rank, step, room)
+    assert (record.rank, record.step) == (rank, step)
+    assert record.pieces_text == f'[{{"rank":{rank}}}]'
+    return rooms[-1]
+
+
+@pytest.mark.parametrize(
+    ("m", "sizes"),
+    [
+        (1, {"a": {0: 9 * MIB + 5}, "b": {1: 9 * MIB + 5}}),
+        (1, {"a": {0: 5 * MIB, 1: 13}, "b": {2: 17 * MIB}, "c": {3: 1}}),
+        (2, {"a": {0: 6 * MIB}, "b": {1: 11 * MIB}, "c": {2: 6 * MIB + 1}, "d": {3: BLOCK_BYTES}}),
+        (2, {"a": {0: 6 * MIB}, "b": {1: 6 * MIB}, "c": {}, "d": {2: 2 * MIB}, "e": {3: 9 * MIB, 4: 3 * MIB}}),
+    ],
+)
+def test_any_m_nodes_are_lost_and_their_images_come_back(
+    cluster: Cluster, eventually: Eventually, m: int, sizes: dict[str, dict[int, int]]
+) -> None:
+    for lost in combinations(sizes, m):
+        life = "life" + "".join(lost)
+        for name in sizes.keys() - cluster.nodes.keys():
+            cluster.start(name)
+        cluster.configure(m)
+        images = cluster.seal(life, 7, sizes)
+        eventually(lambda life=life: cluster.all_whole((life, 7)), f"whole: {cluster.heard((life, 7))}")
+        for name in lost:
+            cluster.kill(name)
+        survivor = min(cluster.nodes)
+        for name in lost:
+            for rank in sizes[name]:
+                assert (7, life) in cluster.nodes[survivor].service.recoverable([rank])[rank]
+                assert fetch(cluster, survivor, rank, 7) == images[rank]
+
+
+def test_an_image_that_a_node_holds_is_read_from_it(cluster: Cluster, eventually: Eventually) -> None:
+    for name in ("a", "b", "spare"):
+        cluster.start(name)
+    for name in cluster.nodes:
+        cluster.configure_one(cluster.nodes[name], ["a", "b", "spare"], 1)
+    images = cluster.seal("x", 3, {"a": {0: 5 * MIB}, "b": {1: 1}})
+    assert fetch(cluster, "spare", 0, 3) == images[0]
+    assert cluster.nodes["spare"].service.recoverable([0, 1, 2]) == {0: [(3, "x")], 1: [(3, "x")], 2: []}
+
+
+def test_a_snapshot_that_is_not_whole_fails_everywhere_when_an_agent_starts_again(
+    cluster: Cluster, eventually: Eventually
+) -> None:
+    for name in ("a", "b", "c"):
+        cluster.start(name)
+    cluster.configure(1)
+    cluster.nodes["a"].seal("x", 3, 3, {0: bytearray(100)})
+    cluster.nodes["b"].seal("x", 3, 3, {1: bytearray(100)})
+    eventually(lambda: len(cluster.nodes["c"].service.status()["open"]) == 1, "c has heard of it")
+    cluster.kill("b")
+    node = cluster.start("b")
+    cluster.configure_one(node, ["a", "b", "c"], 1)
+    cluster.nodes["c"].seal("x", 3, 3, {2: bytearray(100)})
+    eventually(lambda: len([one for one in cluster.heard(("x", 3)) if one]) >= 2, "it has failed on a and c")
+    images = cluster.seal("x", 4, {"a": {0: 100}, "b": {1: 200}, "c": {2: 300}})
+    eventually(lambda: cluster.all_whole(("x", 4)), "the next is whole")
+    cluster.kill("b")
+    assert fetch(cluster, "c", 1, 4) == images[1]
+
+
+def test_a_peer_that_is_out_of_reach_holds_parity_up_and_no_more(cluster: Cluster, eventually: Eventually) -> None:
+    for name in ("a", "b", "c"):
+        cluster.start(name)
+    cluster.configure(1)
+    cluster.network.cut("b")
+    images = cluster.seal("x", 3, {"a": {0: 5 * MIB}, "b": {1: 5 * MIB}, "c": {2: 5 * MIB}})
+    assert cluster.heard(("x", 3)) == []
+    cluster.network.mend("b")
+    eventually(lambda: cluster.all_whole(("x", 3)), "whole")
+    cluster.kill("c")
+    assert fetch(cluster, "b", 2, 3) == images[2]
+
+
+def test_what_one_node_drops_fails_on_the_others(cluster: Cluster, eventually: Eventually) -> None:
+    for name in ("a", "b"):
+        cluster.start(name)
+    cluster.configure(1)
+    cluster.nodes["a"].seal("x", 3, 2, {0: bytearray(100)})
+    cluster.nodes["b"].drop("x", 3)
+    eventually(lambda: ("x", 3) in cluster.nodes["a"].heard, "a has heard")
+    assert "node b does not have step 3" in str(cluster.nodes["a"].heard["x", 3])
+
+
+def test_parity_that_is_not_needed_gives_its_memory_to_the_next(cluster: Cluster, eventually: Eventually) -> None:
+    sizes = {"a": {0: 6 * MIB}, "b": {1: 6 * MIB}, "c": {2: 6 * MIB}}
+    for name in sizes:
+        cluster.start(name)
+    cluster.configure(1)
+    most = 0
+    for step in range(1, 9):
+        cluster.seal("x", step, sizes)
+        eventually(lambda step=step: cluster.all_whole(("x", step)), "whole")
+        for node in cluster.nodes.values():
+            node.call(lambda node=node, step=step: node.service.keep({("x", step)}))
+            node.drop("x", step - 1)
+        if step == 3:
+            most = max(node.service.status()["bytes"] for node in cluster.nodes.values())
+    assert all(node.service.status()["bytes"] <= most for node in cluster.nodes.values())
+    assert all(node.service.status()["whole"] == [["x", 8]] for node in cluster.nodes.values())
+
+
+def test_damage_in_memory_is_never_encoded(cluster: Cluster, eventually: Eventually) -> None:
+    for name in ("a", "b"):
+        cluster.start(name)
+    cluster.configure(1)
+    cluster.network.cut("a")
+    cluster.seal("x", 3, {"a": {0: 5 * MIB}, "b": {1: 5 * MIB}})
+    cluster.nodes["a"].images["x", 3, 0][0][17] ^= 1
+    cluster.network.mend("a")
+    eventually(lambda: len(cluster.heard(("x", 3))) == 2, "both have heard")
+    assert any("image/x/3/0 at offset 0 on node a is damaged" in str(error) for error in cluster.heard(("x", 3)))
+
+
+def test_a_damaged_source_is_replaced_during_recovery(cluster: Cluster, eventually: Eventually) -> None:
+    sizes = {"a": {0: 9 * MIB}, "b": {1: 9 * MIB}, "c": {2: 9 * MIB}, "d": {3: 9 * MIB}}
+    for name in sizes:
+        cluster.start(name)
+    cluster.configure(2)
+    images = cluster.seal("x", 3, sizes)
+    eventually(lambda: cluster.all_whole(("x", 3)), "whole")
+    cluster.kill("a")
+    cluster.nodes["b"].images["x", 3, 1][0][MIB] ^= 64
+    assert fetch(cluster, "c", 0, 3) == images[0]
+    assert fetch(cluster, "c", 1, 3) == images[1]
+    cluster.kill("d")
+    with pytest.raises(LevelFailed, match="use another step or level"):
+        fetch(cluster, "c", 0, 4)
+
+
+def test_a_node_lost_in_the_middle_of_a_recovery_is_replaced(cluster: Cluster, eventually: Eventually) -> None:
+    sizes = {"a": {0: 25 * MIB}, "b": {1: 25 * MIB}, "c": {2: 25 * MIB}, "d": {3: 25 * MIB}}
+    for name in sizes:
+        cluster.start(name)
+    cluster.configure(2)
+    images = cluster.seal("x", 3, sizes)
+    eventually(lambda: cluster.all_whole(("x", 3)), "whole")
+    cluster.kill("a")
+    reads = []
+
+    def fault(passage: object) -> None:
+        if getattr(passage, "what", "") == "read":
+            reads.append(passage)
+            if len(reads) == 5:
+                cluster.network.cut("b")
+
+    cluster.network.fault = fault
+    assert fetch(cluster, "c", 0, 3) == images[0]
+    assert len(reads) > 5

@@ -1,0 +1,85 @@
+"""What the ranks of `test_parity.py` do: functions for `ranks.run`."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import resilient
+from resilient.checkpoint.checkpointer import Checkpointer
+from tests.checkpoint.jobs import Job, assert_same, checkpointing, facts, train
+from tests.multiprocess.distributed_jobs import made
+
+STEPS = 3
+
+
+def policy(parity: str, **keys: Any) -> resilient.Policy:
+    return resilient.Policy(parity=parity, durable_every=0, agent_idle_s=60, fence_timeout_s=40, **keys)
+
+
+def train_and_die(make: Callable[[], Job], url: str, folder: str, parity: str) -> None:
+    """Save some steps, each until it is safe in parity; then all ranks are killed in the step that follows."""
+    job = made(make, 1)
+    checkpointer = Checkpointer(url, job.state, policy(parity))
+    note_agent(checkpointer, folder)
+    for step in range(1, STEPS + 1):
+        job.step()
+        checkpointer.save(step).durable("parity").result(40)
+    rank = dist.get_rank()
+    torch.save(facts(job.state), f"{folder}/saved{rank}")
+    train(job, 1)
+    torch.save(facts(job.state), f"{folder}/later{rank}")
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait(60)  # until it is killed too
+
+
+def come_back(make: Callable[[], Job], url: str, folder: str, parity: str) -> list[str]:
+    """Restore what `train_and_die` saved and go on, protected again; the levels that the ranks' images came from."""
+    rank = dist.get_rank()
+    fresh = made(make, 2)
+    with checkpointing(Path(url), fresh, policy(parity)) as restored:
+        note_agent(restored, folder)
+        assert restored.restore() == STEPS
+        assert_same(torch.load(f"{folder}/saved{rank}", weights_only=False), facts(fresh.state))
+        train(fresh, 1)
+        assert_same(torch.load(f"{folder}/later{rank}", weights_only=False), facts(fresh.state))
+        restored.save(STEPS + 1).durable("parity").result(40)
+        assert restored.last_restore is not None
+        return list(restored.last_restore.levels.values())
+
+
+def start_anew(make: Callable[[], Job], url: str, parity: str) -> int | None:
+    with checkpointing(Path(url), made(make, 2), policy(parity)) as checkpointer:
+        return checkpointer.restore()
+
+
+def lose_an_agent_and_go_on(make: Callable[[], Job], url: str) -> list[str]:
+    """The agent of rank 0's node is killed between two saves; how the saves after it end, at the parity level."""
+    job = made(make, 1)
+    outcomes = []
+    with checkpointing(Path(url), job, policy("2+1")) as checkpointer:
+        job.step()
+        checkpointer.save(1).durable("parity").result(40)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            os.kill(checkpointer._link.client().status()["pid"], signal.SIGKILL)
+        for step in (2, 3, 4, 5):
+            job.step()
+            error = checkpointer.save(step).durable("parity").exception(40)
+            outcomes.append("safe" if error is None else type(error).__name__)
+            dist.barrier()
+    return outcomes
+
+
+def note_agent(checkpointer: Checkpointer, folder: str) -> None:
+    """Leave the pid of this node's agent where the test finds it."""
+    status = checkpointer._link.client().status()
+    Path(folder, f"agent-{checkpointer.world.node}.json").write_text(json.dumps(status["pid"]))
