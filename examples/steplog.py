@@ -49,6 +49,13 @@ class StepLog:
         if self._path:
             write_whole(kill_mark(self._path), {"step": step, "time": time.time()})
 
+    def mark_loss(self, step: int) -> bool:
+        """Ask, from whichever rank, for the loss of its node; whether nobody has done so before."""
+        if self._path is None or loss_mark(self._path).exists():
+            return False
+        write_whole(loss_mark(self._path), {"step": step, "time": time.time()})
+        return True
+
     def history(self) -> list[Step]:
         return read_steps(self._path) if self._path else []
 
@@ -56,6 +63,11 @@ class StepLog:
 def kill_mark(log: Path) -> Path:
     """Where the time of the kill is written, beside the log."""
     return log.with_name(log.name + ".kill")
+
+
+def loss_mark(log: Path) -> Path:
+    """Where a rank asks for the loss of its node, beside the log."""
+    return log.with_name(log.name + ".loss")
 
 
 def read_steps(path: Path) -> list[Step]:

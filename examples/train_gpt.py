@@ -33,6 +33,7 @@ from examples.corpus import Sampler, load_tokens
 from examples.gpt import GPT, SIZES, next_token_loss
 from examples.steplog import Step, StepLog, digest_of_optimizer, digest_of_tensors, losses, write_whole
 
+LOSS_PATIENCE_S = 30.0
 RENDEZVOUS_TIMEOUT_S = 60.0  # a group that cannot form fails and is restarted, rather than waiting half an hour
 
 
@@ -89,6 +90,8 @@ def train(arguments: argparse.Namespace, place: Place, log: StepLog) -> dict[str
         loss.backward()
         if step == arguments.die_at_step and place.rank == arguments.die_rank and place.life == 0:
             die(log, step)
+        if step == arguments.lose_at_step and place.rank == arguments.lose_rank:
+            wait_to_be_lost(log, step)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
@@ -112,6 +115,7 @@ def open_checkpointer(arguments: argparse.Namespace, state: dict[str, Any]) -> "
         local=arguments.local,
         local_every=arguments.local_every,
         durable_every=arguments.durable_every,
+        parity=arguments.parity,
     )
     return resilient.Checkpointer(arguments.url, state=state, policy=policy)
 
@@ -172,6 +176,12 @@ def die(log: StepLog, step: int) -> None:
     """SIGKILL to this process, as the kernel's out-of-memory killer would do it. Does not return."""
     log.mark_kill(step)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_to_be_lost(log: StepLog, step: int) -> None:
+    """Ask, once in the whole job, for this node to be killed, and give whoever watches the log the time for it."""
+    if log.mark_loss(step):
+        time.sleep(LOSS_PATIENCE_S)
 
 
 def summary(
@@ -244,6 +254,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-resilient", action="store_true", help="run the same job unprotected")
     add("--die-at-step", type=int, metavar="S", help="SIGKILL between backward and optimizer step, in the first life")
     add("--die-rank", type=int, default=0, metavar="R")
+    add("--lose-at-step", type=int, metavar="S", help="wait there, once, for the whole node to be killed")
+    add("--lose-rank", type=int, default=0, metavar="R")
+    add("--parity", metavar="K+M", help="parity in memory: any M nodes of a group of K + M may be lost")
     add("--result", type=Path, metavar="FILE", help="write digests, losses and times here, and a log beside it")
     parsed = parser.parse_args(arguments)
     if not parsed.no_resilient and not parsed.url:

@@ -3,8 +3,8 @@
     facts (agent, local store, durable store) → decide → open → propose → fill block by block → all well everywhere?
                                                   ▲        │                                          │ no
                                                   └────────┴──── what is damaged is left out ─────────┘
-No byte is used before its block is verified. In a fresh process, whose state is worth nothing yet, a block is used at
-once. A run that goes back has every image verified as a whole, on all ranks, before it overwrites anything. Collective;
+Every block is verified. In a fresh process, whose state is worth nothing yet, blocks go into the state meanwhile, and
+damage sends all ranks to the next copy. A run that goes back has every image verified as a whole, on all ranks, before it overwrites anything. Collective;
 on the training thread.
 """
 

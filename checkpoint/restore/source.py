@@ -1,4 +1,4 @@
-"""Where one rank's image comes from: memory or a store. No byte is used before its block matched its digest (law 5).
+"""Where one rank's image comes from: memory or a store. Every block is compared with its digest (law 5).
 
 `span` gives a few bytes, for the header and the objects. `stream` gives all blocks, several at a time and in no order,
 each as soon as it is there: the copy into the state then costs no second pass over memory, and runs during the reads.

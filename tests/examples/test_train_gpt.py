@@ -247,19 +247,33 @@ def test_a_protected_job_needs_a_url(capsys: pytest.CaptureFixture[str]) -> None
 # what the demo concludes
 
 
-def a_run(life: int = 0, killed_at: float | None = None, level: str | None = None, weights: str = "w") -> demo.Run:
-    restore = {"step": 2, "levels": {"0": "memory", "1": level}, "seconds": 0.1, "bytes": 1, "reason": ""}
+def a_run(
+    life: int = 0,
+    killed_at: float | None = None,
+    lost_at: float | None = None,
+    level: str | None = None,
+    weights: str = "w",
+) -> demo.Run:
+    restore = {
+        "step": 2,
+        "levels": {"0": "memory", "1": level, "2": "memory"},
+        "seconds": 0.1,
+        "bytes": 1,
+        "reason": "",
+    }
     result = {"weights": weights, "optimizer": "o", "ranks_agree": True, "life": life, "fence_s": [], "step_s": [0.5]}
     first = [a_step(number) for number in range(1, 4)]
     steps = first + [a_step(number, life) for number in range(3 if life else 4, 9)]
-    return demo.Run(result=result | {"restore": restore if level else None}, steps=steps, killed_at=killed_at)
+    result |= {"restore": restore if level else None}
+    return demo.Run(result=result, steps=steps, killed_at=killed_at, lost_at=lost_at)
 
 
-def test_the_demo_is_content_when_the_job_came_back_from_memory_with_the_same_bits() -> None:
-    resumed = a_run(life=1, killed_at=3.0, level="memory")
-    assert demo.compare(a_run(), resumed, die_at=3) == []
-    assert resumed.recovery_s() == 0.5
-    assert demo.report(a_run(), resumed, die_at=3).row_count > 6
+def test_the_demo_is_content_when_the_job_came_back_from_memory_and_parity_with_the_same_bits() -> None:
+    resumed = a_run(life=1, killed_at=3.0, lost_at=3.0, level="parity")
+    assert demo.compare(a_run(), resumed) == []
+    assert resumed.recovery_s(3.0) == 0.5
+    assert demo.steps_lost(resumed) == 1
+    assert demo.report(a_run(), resumed).row_count > 6
 
 
 def test_the_demo_gives_no_percentage_that_the_machine_could_have_made() -> None:
@@ -271,11 +285,12 @@ def test_the_demo_gives_no_percentage_that_the_machine_could_have_made() -> None
 @pytest.mark.parametrize(
     ("resumed", "complaint"),
     [
-        (a_run(), "nobody was killed"),
-        (a_run(life=1, killed_at=3.0), "nothing was restored"),
-        (a_run(life=1, killed_at=3.0, level="local"), "from local, memory, not from memory"),
-        (a_run(life=1, killed_at=3.0, level="memory", weights="x"), "the weights differ"),
+        (a_run(), "no trainer was killed"),
+        (a_run(killed_at=3.0), "no node was lost"),
+        (a_run(life=1, killed_at=3.0, lost_at=3.0), "nothing was restored"),
+        (a_run(life=1, killed_at=3.0, lost_at=3.0, level="local"), "from memory, local, memory, not from memory and"),
+        (a_run(life=1, killed_at=3.0, lost_at=3.0, level="parity", weights="x"), "the weights differ"),
     ],
 )
 def test_the_demo_says_what_is_missing(resumed: demo.Run, complaint: str) -> None:
-    assert complaint in "; ".join(demo.compare(a_run(), resumed, die_at=3))
+    assert complaint in "; ".join(demo.compare(a_run(), resumed))
