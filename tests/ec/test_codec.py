@@ -123,6 +123,63 @@ def test_parts_of_shards_are_coded_by_themselves() -> None:
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(again, whole[4:], strict=True))
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from([1, 16, 64, 100, 4096]),
+    st.integers(0, 4),
+    st.integers(-1, 1),
+    st.data(),
+)
+def test_block_by_block_gives_what_whole_shards_give_at_all_sizes_around_the_edges(
+    k: int, m: int, block: int, blocks: int, more: int, data: st.DataObject
+) -> None:
+    nbytes = max(block * blocks + more, 0)
+    codec = Codec(k, m)
+    whole = shards(codec, nbytes, seed=blocks)
+    streamed = [np.full(nbytes, 5, dtype=np.uint8) for _ in range(m)]
+    lost = data.draw(st.sets(st.integers(0, k + m - 1), min_size=1, max_size=m))
+    decoded = {number: np.full(nbytes, 6, dtype=np.uint8) for number in lost}
+    for begin in range(0, nbytes, block):
+        part = slice(begin, begin + block)
+        codec.encode([shard[part] for shard in whole[:k]], [shard[part] for shard in streamed])
+        left = {number: shard[part] for number, shard in enumerate(whole) if number not in lost}
+        codec.decode(left, {number: shard[part] for number, shard in decoded.items()})
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(streamed, whole[k:], strict=True))
+    assert all(np.array_equal(shard, whole[number]) for number, shard in decoded.items())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 4), st.integers(-1, 1), st.data())
+def test_members_that_change_one_after_the_other_in_some_blocks_leave_the_parity_of_the_last(
+    k: int, m: int, blocks: int, more: int, data: st.DataObject
+) -> None:
+    block = 64
+    nbytes = max(block * blocks + more, 0)
+    codec = Codec(k, m)
+    whole = shards(codec, nbytes)
+    numbers = st.integers(0, k - 1)
+    for turn, number in enumerate(data.draw(st.lists(numbers, max_size=4))):
+        changed = np.random.default_rng(turn + 9).integers(0, 256, nbytes, dtype=np.uint8)
+        for begin in range(0, nbytes, block * data.draw(st.integers(1, 2))):
+            part = slice(begin, begin + block)
+            codec.update(number, whole[number][part], changed[part], [shard[part] for shard in whole[k:]])
+            whole[number][part] = changed[part]
+    again = [np.empty(nbytes, dtype=np.uint8) for _ in range(m)]
+    codec.encode(whole[:k], again)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(whole[k:], again, strict=True))
+
+
+def test_a_plan_is_made_once_and_cannot_be_changed_by_who_gets_it() -> None:
+    codec = Codec(4, 2)
+    plan = codec.plan({5: "", 4: "", 1: "", 0: ""}, [2, 3])
+    assert codec.plan([0, 1, 4, 5], (2, 3)) is plan
+    assert plan.sources == (0, 1, 4, 5)
+    with pytest.raises(ValueError, match="read-only"):
+        plan.coefficients[0, 0] = 1
+
+
 @pytest.mark.parametrize(("k", "m"), [(0, 1), (1, 0), (200, 56), (-1, 3)])
 def test_impossible_codes_are_refused(k: int, m: int) -> None:
     with pytest.raises(UsageError, match="at most 255 together"):
