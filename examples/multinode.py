@@ -16,10 +16,10 @@ survive the loss of any node, beyond `torchrun --nnodes=N --rdzv-backend=c10d` o
 - `Job.poll` starts torchrun again on a living node where it has ended, as happens when rank 0's node dies in the
   moment between the end of a rendezvous and telling its address.
 
-Seen with one to three ranks on two cores, in units of the time after which a dead node is known (here 3 s): the
-survivors' trainers restart after 1.2 to 1.8, the first new step ends after 2.3 to 3.2; the difference is the start of
-Python and torch. It makes no difference whether peers see connections close or nothing at all, nor whether rank 0 is
-lost. A spare that stands by gains nothing, since starting one takes no longer than the dead one is waited for.
+Seen with two and three ranks on two cores, in units of the time after which a dead node is known (here 3 s): trainers
+are started again after 1.2 to 2.2, the first new step ends after 2.1 to 3.2; the difference is the start of Python and
+torch. It matters little whether peers see connections close or nothing at all, and whether rank 0 is lost. A spare that
+stands by gains nothing, since starting one takes no longer than the dead one is waited for.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import json
 import os
 import pickle
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -295,6 +296,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [WORKER]:
         worker(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no node is left behind
         try:
             sys.exit(main(parse()))
         except KeyboardInterrupt:

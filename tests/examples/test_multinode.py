@@ -17,6 +17,7 @@ from examples.multinode import Job, JobFailed
 from examples.nodes import Nodes
 from examples.steplog import losses, read_steps
 
+pytestmark = pytest.mark.timeout(300)  # each life starts torch anew, which takes long on a machine with other work
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces can be made by root only")
 ROOT = Path(__file__).resolve().parents[2]
 TOY = str(ROOT / "tests" / "examples" / "toy_trainer.py")
@@ -71,13 +72,13 @@ def test_a_node_whose_torchrun_fails_joins_again_and_a_killed_one_is_replaced_on
 ) -> None:
     with (
         Nodes(2, isolated=False) as nodes,
-        Job(nodes, [TOY, str(folder)], folder=folder, ranks_per_node=2, rejoins=1) as job,
+        Job(nodes, [TOY, str(folder)], folder=folder, rejoins=1) as job,
     ):
-        eventually(runs(job, folder, ["n1", "n1", "n2", "n2"]), "the first life", DEADLINE_S)
+        eventually(runs(job, folder, ["n1", "n2"]), "the first life", DEADLINE_S)
         os.kill(job.torchrun_pid("n1"), signal.SIGTERM)
         eventually(lambda: not job.poll() and job.newest_life() > 0, "the life after it had ended", DEADLINE_S)
         job.replace("n2")
-        eventually(runs(job, folder, ["n1", "n1", "n3", "n3"]), "the life with the spare", DEADLINE_S)
+        eventually(runs(job, folder, ["n1", "n3"]), "the life with the spare", DEADLINE_S)
         (folder / "stop").touch()
         job.wait(DEADLINE_S)
 
@@ -96,8 +97,8 @@ def test_a_trainer_that_fails_for_good_fails_the_job_with_the_end_of_its_output(
 
 def test_a_job_that_takes_too_long_is_ended(folder: Path, eventually: Callable[..., None]) -> None:
     with Nodes(1, isolated=False) as nodes:
-        with Job(nodes, [TOY, str(folder)], folder=folder) as job:
-            eventually(runs(job, folder, ["n1"]), "the first life", DEADLINE_S)
+        with Job(nodes, [TOY, str(folder)], folder=folder, ranks_per_node=2) as job:
+            eventually(runs(job, folder, ["n1", "n1"]), "the first life", DEADLINE_S)
             with pytest.raises(JobFailed, match="not ended within 0 s on n1"):
                 job.wait(0)
         assert nodes.processes("n1") == []

@@ -61,6 +61,15 @@ def python(nodes: Nodes, node: str, program: str, *arguments: str) -> str:
     return first_line(nodes.start(node, [sys.executable, "-c", program, *arguments], output=subprocess.PIPE))
 
 
+def detached(nodes: Nodes, node: str) -> int:
+    """Start a process as an agent is started: the one that starts it ends, and it lives on. Returns its number."""
+    starter = nodes.start(node, [sys.executable, "-c", DETACHED], output=subprocess.PIPE)
+    assert first_line(starter) == "up"
+    starter.wait(20)
+    (pid,) = nodes.processes(node)
+    return pid
+
+
 def echo(nodes: Nodes, node: str) -> socket.socket:
     """A server on a node that sends back what it gets, and the login node's connection to it."""
     port = int(python(nodes, node, ECHO, nodes.address(node), "0"))
@@ -95,12 +104,11 @@ def test_a_killed_node_takes_all_its_processes_along_and_nobody_elses(nodes: Nod
     named_alike = {**os.environ, "RESILIENT_NODE": "n1"}
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=named_alike)
     try:
-        assert python(nodes, "n1", DETACHED) == "up"  # as an agent does: its starter ends, and it lives on
-        (detached,) = nodes.processes("n1")
+        pid = detached(nodes, "n1")
         with echo(nodes, "n1") as peer, echo(nodes, "n2") as neighbour:
             assert answers(peer)
             nodes.kill("n1")
-            assert not Path(f"/proc/{detached}/exe").exists()
+            assert not Path(f"/proc/{pid}/exe").exists()
             assert peer.recv(1) == b"", "a peer sees the connection close"
             assert answers(neighbour)
         assert nodes.names == ("n2",)
@@ -193,8 +201,7 @@ def test_nothing_is_left_even_when_the_test_fails(kind: bool) -> None:
 
     def fail() -> None:
         with Nodes(2, isolated=kind) as nodes:
-            assert python(nodes, "n1", DETACHED) == "up"
-            seen.extend(Path(f"/proc/{pid}/exe") for pid in nodes.processes("n1"))
+            seen.append(Path(f"/proc/{detached(nodes, 'n1')}/exe"))
             seen.extend(traces(nodes.folder("n1").parent))
             raise ZeroDivisionError
 
