@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from resilient.checkpoint.world import World
+from resilient.errors import AgentLost
 
 _log = logging.getLogger("resilient")
 _POLL_S = 0.02
@@ -39,7 +40,8 @@ class Board:
         run = world.gather(run_id)[0]
         store = dist.PrefixStore(f"resilient/{run}/{_generation()}", dist.distributed_c10d._get_default_store())
         leader = world.rank == min(world.node_ranks)
-        return NodeBoard(store, nodes=len(set(world.nodes))) if leader else Board()
+        nodes = list(dict.fromkeys(world.nodes))
+        return NodeBoard(store, nodes=len(nodes), number=nodes.index(world.node)) if leader else Board()
 
     def bind(self, told: Callable[[], Told]) -> None:
         """Whom to tell from now on."""
@@ -65,11 +67,12 @@ def _generation() -> int:
 
 
 class NodeBoard(Board):
-    """The board of one node's leader. `store` is shared by all nodes; `nodes` is their number."""
+    """The board of one node's leader. `store` is shared by all nodes; this one is `number` of `nodes`."""
 
-    def __init__(self, store: dist.Store, *, nodes: int) -> None:
+    def __init__(self, store: dist.Store, *, nodes: int, number: int) -> None:
         self._store = store
         self._nodes = nodes
+        self._number = number
         self._told: Callable[[], Told] | None = None
         self._wake = threading.Event()
         self._ended = threading.Event()
@@ -107,6 +110,8 @@ class NodeBoard(Board):
             try:
                 self._send()
                 self._receive()
+            except AgentLost:  # just now; what was not told yet is told to the next agent
+                continue
             except (RuntimeError, dist.DistError) as error:  # the store went with its rank: the job is restarting
                 _log.debug("board: %s", error)
                 self._ended.wait(0.2)
@@ -118,7 +123,7 @@ class NodeBoard(Board):
             level, step = event["level"], event["step"]
             if event["event"] == "node":
                 life = event["life"]
-                self._store.add(f"node/{life}/{level}/{step}", 1)
+                self._store.set(_said(life, level, step, self._number), "1")
                 self._open[life, level, step] = None
                 while len(self._open) > _MOST_OPEN:  # a step that some node never finishes must not be asked for ever
                     self._open.pop(next(iter(self._open)))
@@ -129,20 +134,32 @@ class NodeBoard(Board):
                 self._store.set(f"failure/{number}", json.dumps(said))
 
     def _receive(self) -> None:
-        if self._told is None:
+        told = self._reach()
+        if told is None:
             return
         for life, level, step in list(self._open):
-            if self._store.add(f"node/{life}/{level}/{step}", 0) >= self._nodes:
+            if self._store.check([_said(life, level, step, number) for number in range(self._nodes)]):
+                told.complete(level, step, life)
                 del self._open[life, level, step]
-                self._told().complete(level, step, life)
         for number in range(self._failures_seen + 1, self._store.add("failures", 0) + 1):
             if not self._store.check([f"failure/{number}"]):
                 break
             said = json.loads(self._store.get(f"failure/{number}"))
-            self._failures_seen = number
             failure = (said["life"], said["level"], said["step"])
             self._open.pop(failure, None)
-            if failure in self._known_failed or said["life"] != self._life:
-                continue
-            self._known_failed.append(failure)
-            self._told().failed(said["level"], said["step"], said["rank"], said["error"])
+            if failure not in self._known_failed and said["life"] == self._life:
+                told.failed(said["level"], said["step"], said["rank"], said["error"])
+                self._known_failed.append(failure)
+            self._failures_seen = number
+
+    def _reach(self) -> Told | None:
+        """The node's agent; None while it is gone: what there is to tell waits for the next one."""
+        try:
+            return None if self._told is None else self._told()
+        except AgentLost:
+            return None
+
+
+def _said(life: str, level: str, step: int, number: int) -> str:
+    """Under this key a node says, once or more often, that it has a step at a level."""
+    return f"node/{life}/{level}/{step}/{number}"

@@ -287,11 +287,17 @@ class Images:
             self._tell_free(slot)
 
     def restored(self, rank: int, slot_id: int) -> None:
-        """The trainer goes on from one image (0: from none of these). Its others are damaged, or will be made again."""
-        if slot_id:
-            self.slots.owned(slot_id, rank, SlotState.SEALED)
+        """The trainer goes on from one image (0: from none of these). Its others are damaged, or will be made again.
+
+        But for an older one that has parity: it is kept until what the trainer goes on from has it too.
+        """
+        chosen = self.slots.owned(slot_id, rank, SlotState.SEALED).snapshot if slot_id else None
+        protected = self.snapshots.newest_protected()
+        if chosen is None or (protected is not None and protected.step >= chosen.step):
+            protected = None
         for slot in self.slots.of(rank):
-            if slot.id != slot_id and slot.state is SlotState.SEALED:
+            kept = protected is not None and slot.snapshot is protected
+            if slot.id != slot_id and slot.state is SlotState.SEALED and not kept:
                 slot.released = True
 
     def view(self, slot: Slot) -> memoryview:

@@ -268,6 +268,8 @@ class Node:
         session.rank = rank
         self.by_rank[rank] = session
         self.announce(self.snapshots.greet({each.number for each in self.by_rank.values()}))
+        if rank == min(ranks):  # what the leaders of an earlier life may not have told one another any more
+            self.announce(self.snapshots.unanswered())
         log.info("rank %d of %d is process %d", rank, world_size, session.pid)
 
     def _begin_claim(self) -> None:
@@ -452,6 +454,7 @@ class Node:
                     "state": slot.state.value,
                     "step": slot.snapshot.step if slot.snapshot else None,
                     "pins": slot.pins,
+                    "readers": self.images.shelf.readers(slot.id),
                 }
                 for slot in self.images.slots.all()
             ],

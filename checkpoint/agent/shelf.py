@@ -41,6 +41,12 @@ class Shelf:
             self._images.pop(slot_id, None)
             return True
 
+    def readers(self, slot_id: int) -> int:
+        """How many read the image at this moment."""
+        with self._lock:
+            image = self._images.get(slot_id)
+            return image.readers if image is not None else 0
+
     def records(self) -> list[Record]:
         with self._lock:
             return [image.record for image in self._images.values()]

@@ -235,7 +235,7 @@ class Snapshots:
         return {
             (each.life, each.step)
             for each in self._held.values()
-            if each is protected or (each.life and each.awaits_parity())
+            if each is protected or (each.life and self._may_be_protected(each, protected))
         }
 
     def is_needed(self, snapshot: Snapshot) -> bool:
@@ -245,7 +245,7 @@ class Snapshots:
         if none has it: with two buffers there would be none for the next one, which is to have it again.
         """
         newest, protected = self.newest_complete(), self.newest_protected()
-        if snapshot is protected or (snapshot.is_complete() and snapshot.awaits_parity()):
+        if snapshot is protected or (snapshot.is_complete() and self._may_be_protected(snapshot, protected)):
             return True
         if snapshot is newest:
             return protected is None or snapshot.progress.get(PARITY) is not Progress.FAILED
@@ -273,7 +273,11 @@ class Snapshots:
 
     def _newest(self, level: str) -> Snapshot | None:
         complete = [each for each in self._held.values() if each.is_complete(level) and not each.gone]
-        return max(complete, key=lambda each: (not each.superseded, each.step, each.key), default=None)
+        return max(complete, key=_age, default=None)
+
+    def _may_be_protected(self, snapshot: Snapshot, protected: Snapshot | None) -> bool:
+        """Whether its parity may still come, and make it the one to go back to."""
+        return snapshot.awaits_parity() and (protected is None or _age(snapshot) > _age(protected))
 
     def _new(self, step: int, world_size: int, node_ranks: frozenset[int]) -> Snapshot:
         snapshot = Snapshot(key=self._next_key, step=step, world_size=world_size, node_ranks=node_ranks)
@@ -309,6 +313,11 @@ class Snapshots:
         if level == PARITY:
             self._unprotected = 0
         return [Tell(ALL, {"event": "complete", "level": level, "step": snapshot.step})]
+
+
+def _age(snapshot: Snapshot) -> tuple[bool, int, int]:
+    """What was left behind by a run that went back is older than what came of it."""
+    return not snapshot.superseded, snapshot.step, snapshot.key
 
 
 def _node(level: str, snapshot: Snapshot) -> Message:

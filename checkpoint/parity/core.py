@@ -15,124 +15,26 @@ Every call returns what is to be done (`Action`), in order. A snapshot:
 - *Telling*: one message at a time to each peer, made of all that it has not confirmed; nothing is sent when nothing is
   new. While a snapshot is open, peers are asked now and then whether they are still the same.
 
-Values and JSON are in `facts.py`, where blocks lie in `layout.py`, who does it all in `service.py`.
+Values are in `actions.py`, `snapshot.py` and `facts.py`, places of blocks in `layout.py`; `service.py` does it all.
 """
 
-import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from resilient.checkpoint.parity.actions import Action, Arrived, Expect, Failed, Free, Send, StartRow, StopRow
 from resilient.checkpoint.parity.facts import DIGEST_CHARS, Done, Json, Sealed
-from resilient.checkpoint.parity.layout import Key, Member, Stripe, layout_of
+from resilient.checkpoint.parity.layout import Key, layout_of
+from resilient.checkpoint.parity.snapshot import FIRST_PAUSE_S, LONGEST_PAUSE_S, Images, Snapshot, State, stripe_of
 from resilient.errors import LevelFailed, UsageError
 
 HELD = 64  # snapshots remembered at most, besides those that are whole
 REFRESH_S = 1.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
-_MESSAGE_CHARS = 4 << 20
+_MESSAGE_CHARS = 4 << 20  # a message may be that long, and one fact more
 _PIECES_KEPT = 256
 
 FactId = tuple[str, str, int]
 """(kind, life, step), or ("pieces", digest, 0)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Ask a peer; then call `answered` or `unanswered`."""
-
-    peer: str
-    message: Json
-
-
-@dataclass(frozen=True, slots=True)
-class Expect:
-    """Make room for the parity that this node keeps of the stripe."""
-
-    stripe: Stripe
-
-
-@dataclass(frozen=True, slots=True)
-class StartRow:
-    """Encode a row from the images of these agents; then call `row_done` or `row_failed`."""
-
-    stripe: Stripe
-    row: int
-    images: Mapping[int, Sealed]
-
-
-@dataclass(frozen=True, slots=True)
-class StopRow:
-    """What becomes of the row's job does not matter any more."""
-
-    key: Key
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """Any m members may be lost now."""
-
-    key: Key
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    key: Key
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Free:
-    """The parity of the snapshot is not needed any more."""
-
-    key: Key
-
-
-Action = Send | Expect | StartRow | StopRow | Arrived | Failed | Free
-
-
-class State(enum.Enum):
-    OPEN = "open"
-    WHOLE = "whole"
-    FAILED = "failed"
-    GONE = "gone"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Images:
-    """What one member's agent sealed."""
-
-    agent: str
-    world_size: int
-    by_rank: Mapping[int, Sealed]
-
-
-@dataclass(slots=True, kw_only=True)
-class Snapshot:
-    """What this node knows of a snapshot in its group. Only the core changes it."""
-
-    key: Key
-    group: tuple[str, ...]
-    m: int
-    state: State = State.OPEN
-    reason: str = ""
-    images: dict[str, Images] = field(default_factory=dict)
-    stripe: Stripe | None = None
-    agents: tuple[str, ...] = ()
-    done: dict[int, Done] = field(default_factory=dict)
-    confirmed: dict[str, set[str]] = field(default_factory=dict)
-    pause_s: float = FIRST_PAUSE_S
-    retry_at: float = 0.0
-    started: bool = False
-
-    def sealed(self) -> dict[int, Sealed]:
-        """All images of the group, by rank."""
-        return {rank: one for images in self.images.values() for rank, one in images.by_rank.items()}
-
-    def copy(self) -> "Snapshot":
-        """As it is now, for another thread."""
-        return replace(self, images=dict(self.images), done=dict(self.done), confirmed={})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -175,6 +77,10 @@ class Core:
     def snapshots(self) -> list[Snapshot]:
         return list(self._held.values())
 
+    def peers(self) -> dict[str, str | None]:
+        """The id of each peer's agent, as far as it is known."""
+        return {name: peer.agent for name, peer in self._peers.items()}
+
     @property
     def is_busy(self) -> bool:
         """Whether `tick` has anything to do: something is open, or has not reached a peer."""
@@ -193,7 +99,9 @@ class Core:
         if names and (self.node not in names or len(set(names)) != len(names) or not 1 <= m < len(names)):
             raise UsageError(f"node {self.node} cannot be in a group of {names} with {m} parities")
         if (names, m) == (self.group, self.m):
-            return []
+            for peer in self._peers.values():
+                peer.unsure = True  # the job has begun anew: some may have started again
+            return self._go_on()
         actions: list[Action] = []
         for snapshot in self._open():
             actions += self._fail(snapshot, "the parity group has changed")
@@ -379,7 +287,7 @@ class Core:
             return []
         members = [snapshot.images[node] for node in snapshot.group]
         try:
-            stripe = self._stripe(snapshot, members)
+            stripe = stripe_of(snapshot, members, self._block_bytes)
         except UsageError as error:
             return self._fail(snapshot, f"the images do not fit together: {error}")
         snapshot.stripe, snapshot.agents = stripe, tuple(images.agent for images in members)
@@ -388,31 +296,6 @@ class Core:
             if snapshot.state is State.OPEN:
                 actions += self._take_done(snapshot, done)
         return actions
-
-    def _stripe(self, snapshot: Snapshot, members: Sequence[Images]) -> Stripe:
-        """Raises UsageError."""
-        world_sizes = {images.world_size for images in members}
-        if len(world_sizes) != 1:
-            raise UsageError(f"they are of worlds of {sorted(world_sizes)} ranks")
-        for images in members:
-            for one in images.by_rank.values():
-                if len(one.blocks) != DIGEST_CHARS * -(-one.nbytes // self._block_bytes):
-                    raise UsageError(f"the image of rank {one.rank} has {len(one.blocks)} characters of digests")
-        return Stripe(
-            life=snapshot.key[0],
-            step=snapshot.key[1],
-            world_size=world_sizes.pop(),
-            m=snapshot.m,
-            block_bytes=self._block_bytes,
-            members=tuple(
-                Member(
-                    node=node,
-                    ranks=tuple(sorted(images.by_rank)),
-                    image_bytes=tuple(images.by_rank[rank].nbytes for rank in sorted(images.by_rank)),
-                )
-                for node, images in zip(snapshot.group, members, strict=True)
-            ),
-        )
 
     def _take_done(self, snapshot: Snapshot, done: Done) -> list[Action]:
         snapshot.done[done.row] = done
@@ -480,46 +363,46 @@ class Core:
                 return [StartRow(snapshot.stripe, row, snapshot.sealed())]
         return []
 
-    def _untold(self, name: str) -> dict[FactId, Callable[[], Json]]:
+    def _untold(self, name: str) -> list[FactId]:
         """What a peer has not confirmed, in the order in which it is told."""
-        found: dict[FactId, Callable[[], Json]] = {}
-        for want in self._peers[name].wants & self.pieces.keys():
-            found["pieces", want, 0] = partial(_pieces, want, self.pieces[want])
+        found: list[FactId] = [("pieces", want, 0) for want in self._peers[name].wants if want in self.pieces]
         for snapshot in self._held.values():
-            if (snapshot.group, snapshot.m) != (self.group, self.m):
+            if snapshot.group is not self.group or snapshot.m != self.m:
                 continue
-            for kind, make in self._facts(snapshot).items():
-                if kind not in snapshot.confirmed.get(name, ()):
-                    found[kind, *snapshot.key] = make
+            confirmed = snapshot.confirmed.get(name, ())
+            found += [(kind, *snapshot.key) for kind in self._kinds(snapshot) if kind not in confirmed]
         return found
 
-    def _facts(self, snapshot: Snapshot) -> dict[str, Callable[[], Json]]:
+    def _kinds(self, snapshot: Snapshot) -> tuple[str, ...]:
         """What there is to tell of a snapshot."""
         if snapshot.state is State.FAILED:
-            return {"failed": lambda: {"reason": snapshot.reason}}
-        facts: dict[str, Callable[[], Json]] = {}
-        if (mine := snapshot.images.get(self.node)) is not None:
-            facts["images"] = lambda: {
-                "world_size": mine.world_size,
-                "images": [one.to_json() for one in mine.by_rank.values()],
-            }
-            if (done := snapshot.done.get(snapshot.group.index(self.node))) is not None:
-                facts["done"] = done.to_json
-        return facts
+            return ("failed",)
+        if self.node not in snapshot.images:
+            return ()
+        return ("images", "done") if snapshot.group.index(self.node) in snapshot.done else ("images",)
 
-    def _send(self, name: str, peer: _Peer, untold: Mapping[FactId, Callable[[], Json]]) -> Send:
+    def _fact(self, fact_id: FactId) -> Json:
+        kind, life, step = fact_id
+        if kind == "pieces":
+            return {"kind": kind, "digest": life, "text": self.pieces[life]}
+        snapshot = self._held[life, step]
+        fact: Json = {"kind": kind, "life": life, "step": step}
+        if kind == "failed":
+            return {**fact, "reason": snapshot.reason}
+        if kind == "done":
+            return {**fact, **snapshot.done[snapshot.group.index(self.node)].to_json()}
+        mine = snapshot.images[self.node]
+        return {**fact, "world_size": mine.world_size, "images": [one.to_json() for one in mine.by_rank.values()]}
+
+    def _send(self, name: str, peer: _Peer, untold: Sequence[FactId]) -> Send:
         facts: list[Json] = []
-        told: list[FactId] = []
         chars = 0
-        for fact_id, make in untold.items():
+        for fact_id in untold:
             if chars > _MESSAGE_CHARS:
                 break
-            kind, life, step = fact_id
-            about = {} if kind == "pieces" else {"life": life, "step": step}
-            facts.append({"kind": kind, **about, **make()})
+            facts.append(self._fact(fact_id))
             chars += _chars(facts[-1])
-            told.append(fact_id)
-        peer.sending, peer.unsure = tuple(told), False
+        peer.sending, peer.unsure = tuple(untold[: len(facts)]), False
         message = {"op": "parity", "agent": self.agent, "group": list(self.group), "m": self.m, "facts": facts}
         return Send(name, message)
 
@@ -558,10 +441,6 @@ class Core:
         if len(self.pieces) > _PIECES_KEPT:
             used = {one.pieces for each in self._held.values() for one in each.sealed().values()}
             self.pieces = {name: text for name, text in self.pieces.items() if name in used}
-
-
-def _pieces(name: str, text: str) -> Json:
-    return {"digest": name, "text": text}
 
 
 def _clear(snapshot: Snapshot) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from resilient.checkpoint.parity.core import Snapshot, State
 from resilient.checkpoint.parity.facts import Json
 from resilient.checkpoint.parity.layout import Key, Stripe, layout_of
+from resilient.checkpoint.parity.snapshot import Snapshot, State
 
 ImageId = tuple[str, int, int]
 """(life, step, rank)."""

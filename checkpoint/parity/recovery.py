@@ -5,12 +5,11 @@ Everything here blocks, and may be called from any thread. `answer` is the other
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from resilient.checkpoint.parity import gather
-from resilient.checkpoint.parity.core import Snapshot, State
 from resilient.checkpoint.parity.facts import Done, Json, Sealed, record_of, seal_of, sealed_of
 from resilient.checkpoint.parity.gather import gather_with_threads
 from resilient.checkpoint.parity.layout import Key, layout_of
@@ -26,12 +25,14 @@ from resilient.checkpoint.parity.recover import (
     recoverable,
     sources_of,
 )
+from resilient.checkpoint.parity.snapshot import Snapshot, State
 from resilient.checkpoint.peers.transport import Message, Transport
 from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import LevelFailed, ResilientError, RestoreError
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 2
+PATIENCE_S = 0.1  # for all to answer, where some are enough
 _ASKED_AT_ONCE = 32
 _FOREIGN = (LookupError, TypeError, ValueError)
 
@@ -71,12 +72,21 @@ class Recovery:
         """What can be had of each rank, the newest first."""
         return recoverable(self.inventories(), ranks)
 
-    def inventories(self) -> list[Inventory]:
-        """Of this node, and of all that answer."""
+    def inventories(self, enough: Callable[[list[Inventory]], bool] = lambda _: False) -> list[Inventory]:
+        """Of this node, and of all that answer; after PATIENCE_S only until what is there is `enough`."""
         others = [node for node in self._nodes() if node != self._here.node]
-        with ThreadPoolExecutor(max(1, min(_ASKED_AT_ONCE, len(others)))) as pool:
-            found = list(pool.map(self._inventory_of, others))
-        return [self._inventory(), *(one for one in found if one is not None)]
+        pool = ThreadPoolExecutor(max(1, min(_ASKED_AT_ONCE, len(others))), thread_name_prefix="resilient-ask")
+        try:
+            waiting = {pool.submit(self._inventory_of, node) for node in others}
+            found = [self._inventory()]
+            done, waiting = wait(waiting, PATIENCE_S)
+            while True:
+                found += [one for each in done if (one := each.result()) is not None]
+                if not waiting or enough(found):
+                    return found
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _inventory_of(self, node: str) -> Inventory | None:
         try:
@@ -103,8 +113,12 @@ class Recovery:
         `life` None: the latest. Every byte is verified. Raises LevelFailed where it cannot be had, DamagedImage where
         too much is damaged.
         """
+
+        def enough(known: list[Inventory]) -> bool:
+            return attempt == 1 and life is not None and find(known, (life, step), rank) is not None
+
         for attempt in range(1, ATTEMPTS + 1):
-            inventories = self.inventories()
+            inventories = self.inventories(enough)
             found = self._choose(inventories, rank, step, life)
             try:
                 record, reader = self._reader(inventories, found)
@@ -118,13 +132,14 @@ class Recovery:
                 return record, found.reason
         raise AssertionError("the last attempt returns or raises")
 
-    def reader(self, key: Key, rank: int, *, without: tuple[str, str, int] | None = None) -> tuple[Record, Reader]:
-        """A reader of the image of a rank; `without`: the (node, name, offset) of a block that is damaged."""
+    def reader(self, key: Key) -> Reader:
+        """A reader of all that is left of a snapshot with whole parity in this node's group. Raises LevelFailed."""
         inventories = self.inventories()
-        record, reader = self._reader(inventories, self._choose(inventories, rank, key[1], key[0]))
-        if without is not None:
-            reader.distrust(*without)
-        return record, reader
+        for each in inventories:
+            known = each.known.get(key)
+            if known is not None and any(member.node == self._here.node for member in known.stripe.members):
+                return self._stripe_reader(inventories, known)
+        raise LevelFailed(f"nobody knows of whole parity of step {key[1]}")
 
     def _choose(self, inventories: Sequence[Inventory], rank: int, step: int, life: str | None) -> Found:
         keys = {image_id[:2] for each in inventories for image_id in each.images}
@@ -145,20 +160,23 @@ class Recovery:
             return record, Reader(
                 found.key, self._block_bytes, {found.rank: sealed}, sources, self._gather, self._blocks
             )
-        knowing = [
-            each.node for each in inventories if (one := each.known.get(found.key)) and one.stripe == found.stripe
-        ]
-        known = next(each.known[found.key] for each in inventories if each.node == knowing[0])
-        images, done = self._details(known, knowing)
-        record = self._record(found, (*knowing, *found.holders))
-        return record, Reader(
-            found.key,
-            found.stripe.block_bytes,
+        known = next(
+            one for each in inventories if (one := each.known.get(found.key)) is not None and one.stripe == found.stripe
+        )
+        record = self._record(found, (*_who_knows(inventories, known), *found.holders))
+        return record, self._stripe_reader(inventories, known)
+
+    def _stripe_reader(self, inventories: Sequence[Inventory], known: Known) -> Reader:
+        """Raises LevelFailed."""
+        images, done = self._details(known, _who_knows(inventories, known))
+        return Reader(
+            known.stripe.key,
+            known.stripe.block_bytes,
             images,
             sources_of(inventories, known),
             self._gather,
             self._blocks,
-            layout=layout_of(found.stripe),
+            layout=layout_of(known.stripe),
             done=done,
         )
 
@@ -232,6 +250,12 @@ class Recovery:
         if sealed is None or pieces is None:
             raise LevelFailed(f"node {self._here.node} has no record of step {key[1]} of rank {rank}")
         return record_of(sealed, pieces)
+
+
+def _who_knows(inventories: Sequence[Inventory], known: Known) -> list[str]:
+    """The nodes that have the digests of a stripe."""
+    key = known.stripe.key
+    return [each.node for each in inventories if key in each.known and each.known[key].stripe == known.stripe]
 
 
 def _key_of(message: Message) -> Key:

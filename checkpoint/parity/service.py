@@ -15,19 +15,8 @@ from functools import partial
 from typing import Protocol
 
 from resilient.checkpoint.digest import BLOCK_BYTES
-from resilient.checkpoint.parity.core import (
-    Action,
-    Arrived,
-    Core,
-    Expect,
-    Failed,
-    Free,
-    Send,
-    Snapshot,
-    StartRow,
-    State,
-    StopRow,
-)
+from resilient.checkpoint.parity.actions import Action, Arrived, Expect, Failed, Free, Send, StartRow, StopRow
+from resilient.checkpoint.parity.core import Core
 from resilient.checkpoint.parity.encode import Hands, RowJob, Stopped
 from resilient.checkpoint.parity.errands import Errands
 from resilient.checkpoint.parity.facts import sealed_of
@@ -35,8 +24,10 @@ from resilient.checkpoint.parity.gather import AHEAD, gather_with_threads
 from resilient.checkpoint.parity.layout import Key, layout_of, parity_range, parse_range_name
 from resilient.checkpoint.parity.memory import Blocks
 from resilient.checkpoint.parity.recovery import Here, Recovery
+from resilient.checkpoint.parity.scrub import Finding, Scrub, Whole, run
+from resilient.checkpoint.parity.snapshot import Snapshot, State
 from resilient.checkpoint.parity.store import ParityStore
-from resilient.checkpoint.peers.pacing import run_behind
+from resilient.checkpoint.peers.pacing import Pace, run_behind
 from resilient.checkpoint.peers.transport import Message, Transport
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError
@@ -44,6 +35,7 @@ from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientErr
 log = logging.getLogger(__name__)
 TICK_S = 0.05
 NICE = 10
+SCRUB_IDLE_S = 1.0
 _STRIPE_S = 2.0  # how long a push waits for a stripe that its sender knew of first
 _PUSHERS = 8
 
@@ -88,6 +80,7 @@ class ParityService:
         *,
         budget_bytes: int | None = None,
         scrub_bytes_per_s: float | None = None,
+        on_damage: Callable[[Finding], None] = lambda _: None,
         block_bytes: int = BLOCK_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -105,6 +98,7 @@ class ParityService:
         self._nodes: tuple[str, ...] = ()
         self._poked = threading.Event()
         self._closed = False
+        self._ended = threading.Event()
         self._started = False
         here = Here(
             node=node,
@@ -116,6 +110,13 @@ class ParityService:
             lend=self._lend,
         )
         self._recovery = Recovery(here, transport, lambda: self._nodes, self._blocks, block_bytes)
+        self._on_damage = on_damage
+        self._findings = {"mended": 0, "damaged": 0}
+        self._scrub: Scrub | None = None
+        if scrub_bytes_per_s is not None:
+            pace = Pace(scrub_bytes_per_s, sleep=self._ended.wait)
+            reader = self._recovery.reader
+            self._scrub = Scrub(node, images, self._store, self._find_whole, reader, pace, block_bytes, self._found)
 
     # --- what the agent tells; on its loop, nothing blocks
 
@@ -129,7 +130,7 @@ class ParityService:
             self._nodes = tuple(group if nodes is None else nodes)
             self._blocks.kept = AHEAD * (len(group) + m)
         self._errands.only(group)
-        self._start_clock()
+        self._start_threads()
 
     def sealed(self, life: str, step: int, world_size: int, records: Mapping[int, Record]) -> None:
         """All images of this node's ranks are sealed."""
@@ -152,6 +153,7 @@ class ParityService:
         """Give all parity back. Threads end by themselves, at once where the transport is closed first."""
         with self._lock:
             self._closed = True
+            self._ended.set()
             jobs = list(self._jobs.values())
         for job in jobs:
             job.stop()
@@ -182,10 +184,13 @@ class ParityService:
             return {
                 "group": list(self._core.group),
                 "m": self._core.m,
+                "peers": self._core.peers(),
                 "bytes": self._store.total_bytes,
+                "scrubbed_bytes": self._scrub.seen_bytes if self._scrub is not None else 0,
+                **self._findings,
                 "buffer_bytes": self._blocks.idle_bytes,
                 "whole": [list(each.key) for each in snapshots if each.state is State.WHOLE],
-                "open": [list(each.key) for each in snapshots if each.state is State.OPEN],
+                "open": [_progress(each) for each in snapshots if each.state is State.OPEN],
             }
 
     # --- what peers ask: Served
@@ -326,10 +331,30 @@ class ParityService:
         else:
             self._report(lambda: self._core.answered(peer, answer))
 
-    def _start_clock(self) -> None:
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._keep_time, name="resilient-parity-clock", daemon=True).start()
+    def _start_threads(self) -> None:
+        if self._started:
+            return
+        self._started = True
+        threading.Thread(target=self._keep_time, name="resilient-parity-clock", daemon=True).start()
+        if self._scrub is not None:
+            threading.Thread(
+                target=self._keep_scrubbing, args=(self._scrub,), name="resilient-scrub", daemon=True
+            ).start()
+
+    def _keep_scrubbing(self, scrub: Scrub) -> None:
+        run_behind(NICE)
+        run(scrub.walk, self._ended.wait, SCRUB_IDLE_S)
+
+    def _found(self, finding: Finding) -> None:
+        log.error("%s", finding)
+        self._findings["damaged" if finding.error else "mended"] += 1
+        self._on_damage(finding)
+
+    def _find_whole(self, key: Key) -> Whole | None:
+        found = self._snapshot(key)
+        if found is None or found.state is not State.WHOLE or found.stripe is None:
+            return None
+        return Whole(layout=layout_of(found.stripe), done=found.done)
 
     def _keep_time(self) -> None:
         """Tick as long as there is something that waits for time to pass."""
@@ -341,7 +366,7 @@ class ParityService:
                     self._do(self._core.tick(self._clock()))
                     self._poked.clear()
             if busy:
-                time.sleep(TICK_S)
+                self._ended.wait(TICK_S)
             else:
                 self._poked.wait()
 
@@ -353,3 +378,11 @@ class ParityService:
         with self._lock:
             found = self._core.get(key)
             return found.copy() if found is not None else None
+
+
+def _progress(snapshot: Snapshot) -> Message:
+    """Whose images, or else whose rows, an open snapshot waits for."""
+    group = snapshot.group
+    missing = [node for node in group if node not in snapshot.images]
+    missing = missing or [node for row, node in enumerate(group) if row not in snapshot.done]
+    return {"life": snapshot.key[0], "step": snapshot.key[1], "waiting_for": missing}

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from resilient.checkpoint.board import NodeBoard
+from resilient.errors import AgentLost
 
 Eventually = Callable[..., None]
 
@@ -31,7 +32,7 @@ class Two:
     def __init__(self) -> None:
         store = dist.HashStore()
         self.heard = [Heard(), Heard()]
-        self.boards = [NodeBoard(store, nodes=2) for _ in self.heard]
+        self.boards = [NodeBoard(store, nodes=2, number=number) for number in range(2)]
         for board, heard in zip(self.boards, self.heard, strict=True):
             board.bind(lambda heard=heard: heard)  # type: ignore[misc]
         self.renew("first")
@@ -63,6 +64,32 @@ def test_a_step_is_complete_when_every_node_has_it(two: Two, eventually: Eventua
     two.has(1, 2)
     for heard in two.heard:
         eventually(lambda heard=heard: heard.completed == [("memory", 2, "first")], "step 2 is complete")
+
+
+def test_a_node_that_says_twice_that_it_has_a_step_counts_once(two: Two, eventually: Eventually) -> None:
+    for _ in range(2):
+        two.has(0, 1)
+    two.has(0, 2)
+    two.has(1, 2)
+    eventually(lambda: two.heard[0].completed, "what was said last is known")
+    assert two.heard[0].completed == [("memory", 2, "first")]
+
+
+def test_what_an_agent_could_not_be_told_is_told_to_the_next_one(two: Two, eventually: Eventually) -> None:
+    heard = two.heard[1]
+    lost: list[str] = []
+
+    def told() -> Heard:
+        if not lost:
+            lost.append("once")
+            raise AgentLost("it is gone")
+        return heard
+
+    two.boards[1].bind(told)
+    two.has(0, 1)
+    two.has(1, 1)
+    eventually(lambda: heard.completed == [("memory", 1, "first")], "the second agent hears of it")
+    assert lost == ["once"]
 
 
 def test_a_failure_goes_round_once(two: Two, eventually: Eventually) -> None:

@@ -73,6 +73,16 @@ def test_what_had_parity_long_ago_is_not_kept_for_ever() -> None:
     assert world.snapshots.wanted_parity() == {("life", 4)}
 
 
+def test_what_never_heard_that_all_have_its_parity_gives_way_to_what_has_it() -> None:
+    """The trainers that should have told one another were killed."""
+    world = Protected()
+    first = world.saved(1)
+    world.snapshots.arrive(first.key, PARITY, 0)
+    world.protect(world.saved(2))
+    assert world.steps() == [2]
+    assert world.snapshots.wanted_parity() == {("life", 2)}
+
+
 def test_without_parity_in_the_new_policy_the_protected_snapshot_is_let_go() -> None:
     world = Protected()
     world.protect(world.saved(1))

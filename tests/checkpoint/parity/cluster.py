@@ -10,6 +10,7 @@ import numpy as np
 from resilient.checkpoint.digest import BLOCK_BYTES, digest
 from resilient.checkpoint.names import image_name
 from resilient.checkpoint.parity.layout import Key
+from resilient.checkpoint.parity.scrub import Finding
 from resilient.checkpoint.parity.service import ParityService
 from resilient.checkpoint.peers.memory import Network
 from resilient.checkpoint.peers.transport import Address
@@ -50,12 +51,14 @@ class FakeNode:
         self._network = network
         self.images: dict[ImageId, tuple[bytearray, Record]] = {}
         self.heard: dict[Key, str | None] = {}
-        self.threads: set[str] = set()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loop = threading.Thread(target=self._run, name=f"loop-{name}", daemon=True)
         self._loop.start()
         self.transport = network.join(name, self)
-        self.service = ParityService(name, self, self.transport, scrub_bytes_per_s=scrub_bytes_per_s)
+        self.findings: list[Finding] = []
+        self.service = ParityService(
+            name, self, self.transport, scrub_bytes_per_s=scrub_bytes_per_s, on_damage=self.findings.append
+        )
         self.answer = self.service.answer
         self.lend = self.service.lend
         self.take = self.service.take

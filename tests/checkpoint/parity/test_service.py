@@ -1,13 +1,18 @@
 """The service of several nodes: parity becomes whole, nodes are lost, and what they held comes back bit for bit."""
 
+import ctypes
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 
+import numpy as np
 import pytest
 
-from resilient.checkpoint.digest import BLOCK_BYTES
+from resilient.checkpoint.digest import BLOCK_BYTES, digest
+from resilient.checkpoint.peers.transport import Message, Wanted
 from resilient.errors import LevelFailed
-from tests.checkpoint.parity.cluster import Cluster
+from tests.checkpoint.parity.cluster import Cluster, record_for
 
 Eventually = Callable[..., None]
 MIB = 1 << 20
@@ -51,7 +56,7 @@ def test_any_m_nodes_are_lost_and_their_images_come_back(
             cluster.start(name)
         cluster.configure(m)
         images = cluster.seal(life, 7, sizes)
-        eventually(lambda life=life: cluster.all_whole((life, 7)), f"whole: {cluster.heard((life, 7))}")
+        eventually(partial(cluster.all_whole, (life, 7)), "whole")
         for name in lost:
             cluster.kill(name)
         survivor = min(cluster.nodes)
@@ -79,7 +84,9 @@ def test_a_snapshot_that_is_not_whole_fails_everywhere_when_an_agent_starts_agai
     cluster.configure(1)
     cluster.nodes["a"].seal("x", 3, 3, {0: bytearray(100)})
     cluster.nodes["b"].seal("x", 3, 3, {1: bytearray(100)})
-    eventually(lambda: len(cluster.nodes["c"].service.status()["open"]) == 1, "c has heard of it")
+    opened = [{"life": "x", "step": 3, "waiting_for": ["c"]}]
+    for status in (cluster.nodes[name].service.status for name in ("a", "c")):
+        eventually(lambda status=status: status()["open"] == opened, "b's image is known")
     cluster.kill("b")
     node = cluster.start("b")
     cluster.configure_one(node, ["a", "b", "c"], 1)
@@ -122,9 +129,9 @@ def test_parity_that_is_not_needed_gives_its_memory_to_the_next(cluster: Cluster
     most = 0
     for step in range(1, 9):
         cluster.seal("x", step, sizes)
-        eventually(lambda step=step: cluster.all_whole(("x", step)), "whole")
+        eventually(partial(cluster.all_whole, ("x", step)), "whole")
         for node in cluster.nodes.values():
-            node.call(lambda node=node, step=step: node.service.keep({("x", step)}))
+            node.call(partial(node.service.keep, {("x", step)}))
             node.drop("x", step - 1)
         if step == 3:
             most = max(node.service.status()["bytes"] for node in cluster.nodes.values())
@@ -152,7 +159,8 @@ def test_a_damaged_source_is_replaced_during_recovery(cluster: Cluster, eventual
     images = cluster.seal("x", 3, sizes)
     eventually(lambda: cluster.all_whole(("x", 3)), "whole")
     cluster.kill("a")
-    cluster.nodes["b"].images["x", 3, 1][0][MIB] ^= 64
+    for offset in range(100, 9 * MIB, BLOCK_BYTES):
+        cluster.nodes["b"].images["x", 3, 1][0][offset] ^= 64
     assert fetch(cluster, "c", 0, 3) == images[0]
     assert fetch(cluster, "c", 1, 3) == images[1]
     cluster.kill("d")
@@ -179,3 +187,84 @@ def test_a_node_lost_in_the_middle_of_a_recovery_is_replaced(cluster: Cluster, e
     cluster.network.fault = fault
     assert fetch(cluster, "c", 0, 3) == images[0]
     assert len(reads) > 5
+
+
+def test_the_scrub_puts_damage_right_from_the_group(cluster: Cluster, eventually: Eventually) -> None:
+    sizes = {"a": {0: 9 * MIB + 3}, "b": {1: 5 * MIB}, "c": {2: 6 * MIB}}
+    for name in sizes:
+        cluster.start(name, scrub_bytes_per_s=1e12)
+    cluster.configure(1)
+    images = cluster.seal("x", 3, sizes)
+    eventually(lambda: cluster.all_whole(("x", 3)), "whole")
+    node = cluster.nodes["a"]
+    node.images["x", 3, 0][0][9 * MIB] ^= 1
+    eventually(lambda: node.images["x", 3, 0][0] == images[0], "the image is as it was")
+    row, j = 0, 0
+    with node.service.lend("", f"parity/x/3/{row}/{j}", 0, BLOCK_BYTES) as lent:
+        before = bytes(lent)
+        ctypes.memset(int(np.frombuffer(lent, dtype=np.uint8).ctypes.data), before[0] ^ 255, 1)
+        eventually(lambda: bytes(lent) == before, "the parity is as it was")
+    eventually(lambda: node.service.status()["mended"] == 2, "both were reported")
+    assert [finding.error for finding in node.findings] == [None, None]
+
+
+def test_damage_that_nobody_can_put_right_is_reported_once(cluster: Cluster, eventually: Eventually) -> None:
+    cluster.start("a", scrub_bytes_per_s=1e12)
+    cluster.start("b")
+    cluster.configure(1)
+    node = cluster.nodes["a"]
+    node.images["x", 3, 0] = bytearray(100), record_for("x", 3, 0, 2, bytearray(b"?" * 100))
+    eventually(lambda: node.findings, "it was found")
+    seen = node.service.status()["scrubbed_bytes"]
+    eventually(lambda: node.service.status()["scrubbed_bytes"] > seen + 300, "it was looked at again")
+    assert len(node.findings) == 1
+    assert "image/x/3/0 at offset 0 was damaged" in str(node.findings[0])
+
+
+def test_nothing_is_left_of_a_service_that_was_closed(cluster: Cluster, eventually: Eventually) -> None:
+    before = set(threading.enumerate())
+    sizes = {"a": {0: 9 * MIB}, "b": {1: 9 * MIB}, "c": {2: 9 * MIB}}
+    for name in sizes:
+        cluster.start(name, scrub_bytes_per_s=1e6)
+    cluster.configure(2)
+    cluster.seal("x", 3, sizes)
+    eventually(lambda: cluster.all_whole(("x", 3)), "whole")
+    for name in sizes:
+        cluster.kill(name)
+    eventually(lambda: set(threading.enumerate()) <= before, "all threads have ended")
+
+
+def test_foreign_questions_and_names_are_refused(cluster: Cluster) -> None:
+    cluster.start("a")
+    cluster.start("b")
+    cluster.configure(1)
+    transport = cluster.nodes["a"].transport
+    group = {"op": "parity", "agent": "agent1", "group": ["a", "b"], "m": 1}
+    messages: tuple[Message, ...] = (
+        {"op": "?"},
+        {"op": "record", "life": "x", "step": 1, "rank": "y"},
+        {"op": "record", "life": "x", "step": 1, "rank": 0},
+        {"op": "snapshot", "life": "x", "step": 1},
+        {"op": "parity"},
+        {**group, "facts": [{"kind": "images"}]},
+        {**group, "facts": [{"kind": "?", "life": "", "step": 1}]},
+    )
+    for message in messages:
+        with pytest.raises(LevelFailed):
+            transport.call("b", message)
+    for name in ("?", "image/x/1/0", "parity/x/1/0/0"):
+        with pytest.raises(LevelFailed):
+            list(transport.read("b", [Wanted(name=name, offset=0, into=memoryview(bytearray(8)))]))
+    for name in ("?", "image/x/1/0"):
+        with pytest.raises(LevelFailed):
+            transport.push("b", name, 0, memoryview(b"8 bytes!"), digest(b"8 bytes!"))
+
+
+def test_a_range_beyond_an_image_is_refused(cluster: Cluster) -> None:
+    cluster.start("a")
+    cluster.start("b")
+    cluster.configure(1)
+    cluster.seal("x", 3, {"a": {0: 10}, "b": {1: 10}})
+    wanted = Wanted(name="image/x/3/1", offset=8, into=memoryview(bytearray(4)))
+    with pytest.raises(LevelFailed, match="has no 4 bytes at 8"):
+        list(cluster.nodes["a"].transport.read("b", [wanted]))
