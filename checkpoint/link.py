@@ -222,6 +222,8 @@ class AgentLink:
             self._pending.complete(event["level"], event["step"])
         elif kind == "failed":
             self._pending.fail(event["level"], event["step"], self._failure(event))
+        elif kind == "damage":
+            _log.warning("rank %d: %s", self._hello.rank, event["what"])
         self._board.post(event)
 
     def _failure(self, event: dict[str, Any]) -> ResilientError:

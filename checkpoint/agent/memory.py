@@ -91,6 +91,13 @@ class Memory:
         self.view = memoryview(b"")
 
 
+def private_memory(nbytes: int) -> memoryview:
+    """Page-aligned memory of this process alone, all zeros, in huge pages where they are to be had."""
+    mapping = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    advise_huge_pages(mapping)
+    return memoryview(mapping)[:nbytes]
+
+
 def advise_huge_pages(mapping: mmap.mmap) -> None:
     """Ask for huge pages; most systems decline for shared memory, which costs speed and nothing else."""
     try:

@@ -11,7 +11,8 @@ Requests get a reply, the others none:
     bye       a clean end: with keep = false from all ranks of the node the agent may end too
 
 Events: sealed {step, rank} · complete {level, step} · failed {level, step, rank, error} · free {slot} · slot {slot,
-capacity} with a descriptor · node {level, step}, which only the leader gets: talk to the other nodes, then answer.
+capacity} with a descriptor · damage {what}, that the scrub found · node {level, step, life}, which only the leader gets:
+talk to the other nodes, then answer.
 The life of the process is in `server.py`, frames in `protocol.py`, images in `images.py`, levels in `writing.py`.
 """
 
@@ -170,6 +171,10 @@ class Node:
                 self.send(to, event)
             if event["event"] == "complete" and event["level"] in (LOCAL, DURABLE):
                 self.writing.retain(event["level"], event["step"])
+
+    def tell_all(self, event: Message) -> None:
+        for session in list(self.by_rank.values()):
+            session.send(event)
 
     def send(self, rank: int, message: Message, fds: Sequence[int] = ()) -> None:
         if session := self.by_rank.get(rank):

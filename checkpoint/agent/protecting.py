@@ -45,6 +45,7 @@ class Host(Protocol):
     """What the agent does for its parity level."""
 
     def announce(self, tells: Sequence[Tell]) -> None: ...
+    def tell_all(self, event: Message) -> None: ...
     def settle(self) -> None: ...
 
 
@@ -82,7 +83,9 @@ class Protecting:
             transport = TcpTransport(node, token, self, host=host, pace=Pace(rate))
             transport.start()
             scrub = None if policy.scrub_bandwidth is None else parse_bytes(policy.scrub_bandwidth)
-            self._service = ParityService(node, self, transport, scrub_bytes_per_s=scrub)
+            self._service = ParityService(
+                node, self, transport, scrub_bytes_per_s=scrub, on_damage=lambda found: self._damaged(str(found))
+            )
             self._transport, self._listening = transport, (node, token, host)
         return self._transport.address
 
@@ -264,6 +267,11 @@ class Protecting:
                 for rank in snapshot.node_ranks:
                     self._host.announce(self._snapshots.arrive(snapshot.key, PARITY, rank))
         self._host.settle()
+
+    def _damaged(self, what: str) -> None:
+        """The scrub found something. Any thread."""
+        log.warning("%s", what)
+        self._loop.post(lambda: self._host.tell_all({"event": "damage", "what": what}))
 
     # --- the end
 

@@ -5,20 +5,12 @@ taker. Copies release the interpreter lock.
 """
 
 import ctypes
-import mmap
 import threading
 from collections import defaultdict
-from contextlib import suppress
 
 import numpy as np
 
-
-def private_memory(nbytes: int) -> memoryview:
-    """Page-aligned memory of this process, all zeros."""
-    mapping = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapping)[:nbytes]
+from resilient.checkpoint.agent.memory import private_memory
 
 
 def copy(target: memoryview, source: memoryview) -> None:

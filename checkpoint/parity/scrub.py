@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.digest import digest
 from resilient.checkpoint.parity.facts import Done
 from resilient.checkpoint.parity.layout import Key, Layout, image_range, parity_range
-from resilient.checkpoint.parity.memory import copy, private_memory
+from resilient.checkpoint.parity.memory import copy
 from resilient.checkpoint.parity.reader import Reader
 from resilient.checkpoint.parity.store import ParityStore
 from resilient.checkpoint.peers.pacing import Pace

@@ -4,8 +4,8 @@
                                                   ▲        │                                          │ no
                                                   └────────┴──── what is damaged is left out ─────────┘
 Every block is verified. In a fresh process, whose state is worth nothing yet, blocks go into the state meanwhile, and
-damage sends all ranks to the next copy. A run that goes back has every image verified as a whole, on all ranks, before it overwrites anything. Collective;
-on the training thread.
+damage sends all ranks to the next copy. A run that goes back has every image verified as a whole, on all ranks, before
+it overwrites anything. Collective; on the training thread.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from resilient import errors
 from resilient.checkpoint.agent.client import AgentClient
+from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.leaves import Leaves, no_collection
 from resilient.checkpoint.levels.image_io import read_image_range, read_record
@@ -31,7 +32,7 @@ from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
 from resilient.checkpoint.restore.load import Catalog, Proposal, propose
 from resilient.checkpoint.restore.scatter import Scatter
-from resilient.checkpoint.restore.source import InMemory, InStore, private_memory
+from resilient.checkpoint.restore.source import InMemory, InStore
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, ResilientError, RestoreError
 from resilient.policy import Policy

@@ -6,15 +6,15 @@ Blocks are read into few small buffers, used again and again, which stay in the 
 """
 
 import json
-import mmap
 import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.copying import cpu_threads
 from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks, digest_of
 from resilient.checkpoint.record import Record
@@ -276,14 +276,6 @@ class InStore(Source):
             yield buffer[: end - begin]
         finally:
             self._free.put(buffer)
-
-
-def private_memory(size: int) -> memoryview:
-    """A page-aligned buffer of this process, in huge pages where they are to be had."""
-    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 def _meets(begin: int, nbytes: int, spans: list[tuple[int, int]]) -> bool:

@@ -1,9 +1,11 @@
 """What the ranks of `test_parity.py` do: functions for `ranks.run`."""
 
 import json
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,38 @@ def lose_an_agent_and_go_on(make: Callable[[], Job], url: str) -> list[str]:
             outcomes.append("safe" if error is None else type(error).__name__)
             dist.barrier()
     return outcomes
+
+
+def damage_is_mended(make: Callable[[], Job], url: str) -> bool:
+    """A byte of rank 0's image changes in memory; whether it is as it was before long, and the log says so."""
+    job = made(make, 1)
+    told: list[str] = []
+    logging.getLogger("resilient").addHandler(_Listener(told))
+    with checkpointing(Path(url), job, policy("2+1", scrub_bandwidth="1 GB")) as checkpointer:
+        job.step()
+        checkpointer.save(1).durable("parity").result(40)
+        mended = True
+        if dist.get_rank() == 0:
+            client = checkpointer._link.client()
+            number = next(slot["slot"] for slot in client.status()["slots"] if slot["state"] == "sealed")
+            image = client._slots[number].view
+            before, deadline = image[5000], time.monotonic() + 30
+            image[5000] = before ^ 1
+            while time.monotonic() < deadline and not (image[5000] == before and any("put right" in t for t in told)):
+                time.sleep(0.01)
+            mended = image[5000] == before and any("put right" in text for text in told)
+            del image
+        dist.barrier()
+    return mended
+
+
+class _Listener(logging.Handler):
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._told.append(record.getMessage())
 
 
 def note_agent(checkpointer: Checkpointer, folder: str) -> None:

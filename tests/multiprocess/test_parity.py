@@ -84,3 +84,7 @@ def test_when_an_agent_is_lost_the_snapshots_after_it_are_protected_again(tmp_pa
     outcomes = run(parity.lose_an_agent_and_go_on, 3, jobs.ddp, str(tmp_path), nodes=("a", "b", "c"))
     assert all(one[-1] == "safe" for one in outcomes), outcomes
     assert all(one.count("safe") >= 2 for one in outcomes), outcomes
+
+
+def test_a_byte_that_changed_in_memory_is_found_put_right_and_reported(tmp_path: Path) -> None:
+    assert run(parity.damage_is_mended, 3, jobs.fsdp, str(tmp_path), nodes=("a", "b", "c")) == [True] * 3
