@@ -234,6 +234,11 @@ class AgentLink:
 
     def _on_lost(self, error: AgentLost) -> None:
         _log.warning("rank %d: %s; the next save starts another agent", self._hello.rank, error)
+        for handle in self._pending.waiting():  # the other nodes would wait for these images for ever
+            if "memory" in handle.levels and not handle.durable("memory").done():
+                reason = f"rank {self._hello.rank} lost its agent"
+                event = {"event": "failed", "level": "memory", "step": handle.step, "rank": self._hello.rank}
+                self._board.post({**event, "error": reason})
         self._pending.fail_all(error)
 
 

@@ -11,7 +11,7 @@ Requests get a reply, the others none:
     bye       a clean end: with keep = false from all ranks of the node the agent may end too
 
 Events: sealed {step, rank} · complete {level, step} · failed {level, step, rank, error} · free {slot} · slot {slot,
-capacity} with a descriptor · damage {what}, that the scrub found · node {level, step, life}, which only the leader gets:
+capacity} with a descriptor · damage {what}, which the scrub found · node {level, step, life}, to the leader alone:
 talk to the other nodes, then answer.
 The life of the process is in `server.py`, frames in `protocol.py`, images in `images.py`, levels in `writing.py`.
 """

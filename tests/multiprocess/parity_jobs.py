@@ -63,19 +63,20 @@ def start_anew(make: Callable[[], Job], url: str, parity: str) -> int | None:
         return checkpointer.restore()
 
 
-def lose_an_agent_and_go_on(make: Callable[[], Job], url: str) -> list[str]:
-    """The agent of rank 0's node is killed between two saves; how the saves after it end, at the parity level."""
+def lose_an_agent_and_go_on(make: Callable[[], Job], url: str, in_mid_save: bool) -> list[str]:
+    """The agent of rank 0's node is killed between two saves, or in one; how the saves end, at the parity level."""
     job = made(make, 1)
     outcomes = []
     with checkpointing(Path(url), job, policy("2+1")) as checkpointer:
-        job.step()
-        checkpointer.save(1).durable("parity").result(40)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            os.kill(checkpointer._link.client().status()["pid"], signal.SIGKILL)
-        for step in (2, 3, 4, 5):
+        agent = checkpointer._link.client().status()["pid"]
+        for step in (1, 2, 3, 4, 5):
             job.step()
-            error = checkpointer.save(step).durable("parity").exception(40)
+            if step == 2 and dist.get_rank() == 0 and not in_mid_save:
+                os.kill(agent, signal.SIGKILL)
+            saved = checkpointer.save(step).durable("parity")
+            if step == 2 and dist.get_rank() == 0 and in_mid_save:
+                os.kill(agent, signal.SIGKILL)
+            error = saved.exception(40)
             outcomes.append("safe" if error is None else type(error).__name__)
             dist.barrier()
     return outcomes

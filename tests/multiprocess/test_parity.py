@@ -80,10 +80,12 @@ def test_when_more_nodes_are_lost_than_parity_bears_nothing_is_made_up(
     assert run(parity.start_anew, 2, jobs.own, str(tmp_path), "1+1", nodes=("a", "b")) == [None, None]
 
 
-def test_when_an_agent_is_lost_the_snapshots_after_it_are_protected_again(tmp_path: Path) -> None:
-    outcomes = run(parity.lose_an_agent_and_go_on, 3, jobs.ddp, str(tmp_path), nodes=("a", "b", "c"))
-    assert all(one[-1] == "safe" for one in outcomes), outcomes
-    assert all(one.count("safe") >= 2 for one in outcomes), outcomes
+@pytest.mark.parametrize("in_mid_save", [False, True])
+def test_when_an_agent_is_lost_the_snapshots_after_it_are_protected_again(tmp_path: Path, in_mid_save: bool) -> None:
+    arguments = (jobs.fsdp, str(tmp_path), in_mid_save)
+    outcomes = run(parity.lose_an_agent_and_go_on, 3, *arguments, nodes=("a", "b", "c"))
+    assert all(one[0] == "safe" for one in outcomes), outcomes
+    assert all(one[-2:] == ["safe", "safe"] for one in outcomes), outcomes
 
 
 def test_a_byte_that_changed_in_memory_is_found_put_right_and_reported(tmp_path: Path) -> None:
