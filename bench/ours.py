@@ -19,13 +19,14 @@ MEMORY, LOCAL = "resilient, memory", "resilient, memory + local"
 OURS = (MEMORY, LOCAL)
 
 
-def policy(folder: Path, *, local: bool) -> resilient.Policy:
-    """Memory at every step and, if wished, the local disk too; nothing durable."""
+def policy(folder: Path, *, local: bool, parity: str | None = None) -> resilient.Policy:
+    """Memory at every step and, if wished, the parity of a group of nodes or the local disk too; nothing durable."""
     return resilient.Policy(
         memory_every=1,
         local=str(folder / "local") if local else None,
         local_every=1,
         durable_every=0,
+        parity=parity,
         agent_idle_s=30.0,  # if a measurement is cut short, its agent goes soon
     )
 
@@ -35,13 +36,15 @@ class Resilient(Method):
 
     is_async = True
 
-    def __init__(self, training: Training, folder: Path, *, fsynced: bool, local: bool) -> None:
+    def __init__(
+        self, training: Training, folder: Path, *, fsynced: bool, local: bool, parity: str | None = None
+    ) -> None:
         super().__init__(training, folder, fsynced=fsynced)
-        self._level = "local" if local else "memory"
+        self._level = "local" if local else "parity" if parity is not None else "memory"
         self._checkpointer = resilient.Checkpointer(
             f"file://{folder}/durable",
             state={"model": training.model, "optimizer": training.optimizer},
-            policy=policy(folder, local=local),
+            policy=policy(folder, local=local, parity=parity),
         )
 
     def save(self, step: int) -> Future[float]:

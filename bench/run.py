@@ -16,7 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # last, so that nothing of this checkout hides an installed package
 
-NAMES = ("call_and_stall", "every_step", "levels", "planning", "memory", "transport", "codec")
+NAMES = (
+    "call_and_stall",
+    "every_step",
+    "levels",
+    "planning",
+    "memory",
+    "transport",
+    "codec",
+    "parity",
+    "parity_steps",
+    "parity_memory",
+)
 
 
 def arguments() -> argparse.Namespace:

@@ -1,0 +1,153 @@
+"""Parity of a group, and recovery of a lost node, against raw sockets that move the same bytes in the same processes.
+
+A process for each node of the group, on loopback, with one image each. *Parity*: from the moment the first image is
+sealed until the last node knows that the snapshot survives losses: announcements, reads, digests of every block,
+encoding, pushes. *Recovery*: a fresh agent gets the image of the node it replaces: questions, reads, decoding, digests;
+into memory that has been in use before, and into new memory, whose pages cost more here than what is put into them.
+Raw sockets carry for each of them what it carries, between the same nodes at the same time, and do nothing with it;
+they receive into as many buffers as ours has, and for a recovery as many bytes as it keeps into such memory as it has.
+All take turns in the same processes.
+
+Everything runs on the cores of one machine, those of the network included: what verifying and encoding cost is not
+hidden behind a network card here.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from statistics import median
+from typing import Any
+
+from bench.processes import Failure, launch
+from bench.report import Report, Rounds, Target, ratio
+from bench.settings import Settings
+
+CODES = ((2, 1), (4, 2))
+PARITY = "parity"
+RECOVERY, RECOVERY_NEW = "recovery into memory in use", "recovery into new memory"
+LEAST = {PARITY: 0.80, RECOVERY: 0.70, RECOVERY_NEW: 0.70}
+IMAGE_BYTES = {(2, 1): 256 << 20, (4, 2): 128 << 20}
+
+
+def measure(*, folder: str, k: int, m: int, image_bytes: int, times: int) -> dict[str, Any]:
+    """Median seconds of each, and the bytes that it moves. A process for each node; the first turn does not count."""
+    import torch.distributed as dist
+
+    from bench import parity_nodes as nodes
+    from resilient.checkpoint.peers.listener import NICE
+
+    os.nice(NICE)  # ours serves and encodes at this priority: so do all
+    rank, group = dist.get_rank(), nodes.Group(k=k, m=m, image_bytes=image_bytes)
+    image = nodes.random_image(image_bytes, rank)
+    node = nodes.AgentNode(group, rank, image)
+    node.meet()
+    seconds: dict[str, list[float]] = {}
+    moved = nodes.encoding_flows(group)
+    with closing(nodes.RawSockets(moved, rank, image)) as raw:
+        for step in range(1, times + 2):
+            _turn(seconds, f"{PARITY} raw", raw.move)
+            _turn(seconds, PARITY, partial(node.protect, step))
+            node.keep_only(step)
+    lost = group.n - 1
+    fetched = nodes.recovery_flows(group, lost)
+    used = nodes.random_image(image_bytes if rank == lost else 1, -1).view
+    with closing(nodes.RawSockets(fetched, rank, image)) as raw:
+        for what, make in {RECOVERY: lambda _: used, RECOVERY_NEW: nodes.new_memory}.items():
+            for _ in range(times + 1):
+                room = Room(make)
+                _turn(seconds, f"{what} raw", partial(raw.move, room, image_bytes))
+                if rank == lost:
+                    node.close()
+                    node = nodes.AgentNode(group, rank, None)
+                node.meet()
+                _turn(seconds, what, partial(node.recover, times + 1, room) if rank == lost else _nothing)
+                assert rank != lost or room.made == image.view, "recovery gave other bytes"
+    dist.barrier()
+    node.close()
+    moved_bytes = {PARITY: moved, RECOVERY: fetched, RECOVERY_NEW: fetched}
+    return {
+        **{what: median(found[1:]) for what, found in seconds.items()},
+        **{f"{what} bytes": float(sum(flows.values())) for what, flows in moved_bytes.items()},
+    }
+
+
+class Room:
+    """Gives memory, and remembers which."""
+
+    def __init__(self, make: Callable[[int], memoryview]) -> None:
+        self._make = make
+        self.made = memoryview(b"")
+
+    def __call__(self, nbytes: int) -> memoryview:
+        self.made = self._make(nbytes)
+        return self.made
+
+
+def _turn(seconds: dict[str, list[float]], what: str, act: Callable[[], object]) -> None:
+    """From the first node's beginning to the last node's end. All ranks call it."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    began = time.perf_counter()  # of the machine: the same clock in all processes
+    act()
+    ended = time.perf_counter()
+    times: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(times, (began, ended))
+    seconds.setdefault(what, []).append(max(end for _, end in times) - min(begin for begin, _ in times))
+
+
+def _nothing() -> None:
+    """What the others do while one recovers: they serve, on threads."""
+
+
+def run(settings: Settings) -> list[Report]:
+    rounds = Rounds()
+    for number in range(settings.rounds):
+        rounds.begin()
+        for k, m in CODES:
+            settings.say(f"parity, round {number + 1} of {settings.rounds}: {k}+{m}")
+            arguments = {
+                "k": k,
+                "m": m,
+                "image_bytes": 16 << 20 if settings.smoke else IMAGE_BYTES[k, m],
+                "times": 1 if settings.smoke else 5,
+            }
+            measured = launch(settings.place, "bench.parity:measure", arguments, ranks=k + m, threads=1)
+            if isinstance(measured, Failure):
+                rounds.failed(f"{k}+{m}", measured.reason)
+            else:
+                rounds.add(f"{k}+{m}", measured)
+    return [report(rounds)]
+
+
+def report(rounds: Rounds) -> Report:
+    rows: dict[str, list[float | None]] = {}
+    targets = []
+    for what in LEAST:
+        for k, m in CODES:
+            raw, ours = rounds.series(f"{k}+{m}", f"{what} raw"), rounds.series(f"{k}+{m}", what)
+            speed = ratio(raw, ours)
+            rows[f"{what} {k}+{m}"] = [speed, _gigabytes_per_s(rounds, f"{k}+{m}", what)]
+            name = f"{what} of a group of {k}+{m}: speed / raw sockets"
+            targets.append(Target(what=name, value=speed, bound=LEAST[what], at_most=False))
+    return Report(
+        name="parity",
+        title="Parity of a group and recovery of a lost node, end to end on one machine, against raw sockets",
+        columns=("speed / raw sockets", "moved, GB/s"),
+        rows=rows,
+        targets=targets,
+        plotted=("speed / raw sockets",),
+        samples=rounds.samples,
+        failures=rounds.failures,
+        notes=(
+            "raw sockets move the same bytes between the same nodes at the same time, and verify and compute nothing",
+        ),
+    )
+
+
+def _gigabytes_per_s(rounds: Rounds, code: str, what: str) -> float | None:
+    nbytes, seconds = rounds.series(code, f"{what} bytes"), rounds.series(code, what)
+    speed = ratio(nbytes, seconds)
+    return None if speed is None else speed / 1e9
