@@ -30,7 +30,7 @@ class Record:
     `life` tells one life of the job from the next: it changes whenever the ranks start anew, so that a step which two
     lives wrote, a part each, is not taken for one snapshot.
     `encoding` is None for raw bytes, or {"name": "zstd", ...} as `levels/frames.py` describes.
-    `pieces_text` is the JSON text of the list of pieces; parse it with `json.loads` where it is needed.
+    `pieces_text` is the JSON text of the list of pieces, `pieces()` what it says.
     """
 
     run_id: str
@@ -45,6 +45,7 @@ class Record:
     pieces_text: str = "[]"
     encoding: dict[str, Any] | None = None
     software: dict[str, str] = field(default_factory=dict)
+    parsed: list[dict[str, Any]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.blocks) != block_count(self.image_bytes):
@@ -54,6 +55,11 @@ class Record:
             )
         if not 0 <= self.rank < self.world_size:
             raise DamagedImage(f"the record of {self.image_name} says rank {self.rank} of {self.world_size}")
+
+    def pieces(self) -> list[dict[str, Any]]:
+        """The list of pieces, which is not to be changed; parsed once, if this record was read from text."""
+        found: list[dict[str, Any]] = json.loads(self.pieces_text) if self.parsed is None else self.parsed
+        return found
 
     def text(self) -> str:
         """The record as it is stored."""
@@ -109,6 +115,7 @@ def parse_record(text: str | bytes, where: str) -> Record:
         encoding=image["encoding"],
         software=raw["software"],
         pieces_text=rest[rest.index('"pieces":') + len('"pieces":') : -2],
+        parsed=raw["pieces"],
     )
 
 

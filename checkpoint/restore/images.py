@@ -50,7 +50,7 @@ class Image:
             head = source.span(0, header_bytes)
         self._entries, self.data_start = parse_header(head, record.image_bytes, where)
         self.objects = self._read_objects()
-        self._raw_pieces: list[dict[str, Any]] = json.loads(record.pieces_text)
+        self._raw_pieces = record.pieces()
 
     def pieces(self) -> list[Stored]:
         return stored_pieces(self._raw_pieces, self.record.rank, self.data_start)

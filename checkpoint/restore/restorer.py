@@ -8,7 +8,6 @@ damage sends all ranks to the next copy. A run that goes back has every image ve
 it overwrites anything. Collective; on the training thread.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -290,7 +289,7 @@ class Restorer:
         for rank, (text, begins) in enumerate(described):
             if rank != self._world.rank:
                 record = parse_record(text, f"the record of rank {rank}")
-                pieces += stored_pieces(json.loads(record.pieces_text), rank, begins)
+                pieces += stored_pieces(record.pieces(), rank, begins)
         return propose(self._state, self._found, Catalog(pieces, self._world.rank), image.objects)
 
     def _hold(self, image: Image, shared: bool) -> None:

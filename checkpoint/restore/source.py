@@ -5,7 +5,6 @@ each as soon as it is there: the copy into the state then costs no second pass o
 Blocks are read into few small buffers, used again and again, which stay in the processor's cache.
 """
 
-import json
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -99,7 +98,7 @@ class Source(ABC):
         spans = [block_range(index, record.image_bytes) for index in blocks]
         names = [
             raw["key"]
-            for raw in json.loads(record.pieces_text)
+            for raw in record.pieces()
             if "nbytes" in raw and _meets(self._begins + raw["offset"], raw["nbytes"], spans)
         ]
         what = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
