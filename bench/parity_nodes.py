@@ -1,4 +1,4 @@
-"""The nodes of a parity group as `bench/parity.py` measures them: one process each, on loopback, without trainers.
+"""The nodes of a parity group as `bench/parity.py` measures them: one process each, without trainers.
 
 `AgentNode` is what an agent has for its parity level (the real service and transport) over one image in memory.
 `RawSockets` is the limit: plain `sendall` into `recv_into`, a connection and two threads for each pair of nodes between
@@ -95,7 +95,7 @@ def random_image(nbytes: int, seed: int) -> Memory:
 class AgentNode:
     """The parity level of one node. `fresh`: a node that has lost its image, and whose memory is still untouched."""
 
-    def __init__(self, group: Group, rank: int, image: Memory | None) -> None:
+    def __init__(self, group: Group, rank: int, image: Memory | None, host: str = HOST) -> None:
         self.agent_id = secrets.token_hex(16)
         self._group = group
         self._rank = rank
@@ -107,7 +107,7 @@ class AgentNode:
         self._records: dict[int, Record] = {}
         self._whole = threading.Event()
         self._error: str | None = None
-        self._transport = TcpTransport(group.nodes[rank], "the token of a benchmark", self, host=HOST)
+        self._transport = TcpTransport(group.nodes[rank], "the token of a benchmark", self, host=host)
         self._transport.start()
         self._service = ParityService(group.nodes[rank], self, self._transport)
 
@@ -199,12 +199,12 @@ def new_memory(nbytes: int) -> memoryview:
 class RawSockets:
     """Moves the same bytes between the same nodes at the same time. Connected once, by all ranks together."""
 
-    def __init__(self, flows: Flows, rank: int, image: Memory) -> None:
+    def __init__(self, flows: Flows, rank: int, image: Memory, host: str = HOST) -> None:
         self._image = image.view
         self._sending = {to: nbytes for (sender, to), nbytes in flows.items() if sender == rank}
         self._receiving = {sender: nbytes for (sender, to), nbytes in flows.items() if to == rank}
         self._buffers = {sender: private_memory(AHEAD * BLOCK_BYTES) for sender in self._receiving}
-        self._socks = _connect(rank, list(self._sending), list(self._receiving))
+        self._socks = _connect(rank, host, list(self._sending), list(self._receiving))
 
     def move(self, room: Callable[[int], memoryview] | None = None, nbytes: int = 0) -> None:
         """Send and receive everything once; returns when this node has.
@@ -249,14 +249,14 @@ def _walk(memory: memoryview, nbytes: int) -> Iterator[memoryview]:
         yield memory[begin % length :][: min(BLOCK_BYTES, nbytes - begin)]
 
 
-def _connect(rank: int, sending: list[int], receiving: list[int]) -> dict[tuple[str, int], socket.socket]:
+def _connect(rank: int, host: str, sending: list[int], receiving: list[int]) -> dict[tuple[str, int], socket.socket]:
     """A connection for each flow, by direction and node."""
     socks: dict[tuple[str, int], socket.socket] = {}
-    with socket.create_server((HOST, 0), backlog=64) as listening:
-        ports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ports, listening.getsockname()[1])
+    with socket.create_server((host, 0), backlog=64) as listening:
+        addresses: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(addresses, listening.getsockname())
         for to in sending:
-            socks["to", to] = socket.create_connection((HOST, ports[to]))
+            socks["to", to] = socket.create_connection(addresses[to])
             socks["to", to].sendall(bytes([rank]))
         for _ in receiving:
             sock = listening.accept()[0]

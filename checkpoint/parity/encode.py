@@ -1,7 +1,7 @@
 """One row's parity, made on its primary: read k shards, verify, encode, keep parity 0, push the others.
 
-The job can be run again after a failure and goes on where all parity was kept. `steps` is the work, block by block, for
-whoever drives it: a thread (`service.py`) or a simulation. What it needs of the world is in `Hands`.
+The job can be run again after a failure and goes on where all parity was kept. `steps` is the work, a few blocks at a
+time, for whoever drives it: a thread (`service.py`) or a simulation. What it needs of the world is in `Hands`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from typing import Protocol
 from resilient.checkpoint.digest import digest
 from resilient.checkpoint.parity.facts import Sealed
 from resilient.checkpoint.parity.gather import Gather, Part, SourceFailed, Taken
-from resilient.checkpoint.parity.layout import Layout, image_range
+from resilient.checkpoint.parity.layout import Layout, Stretch, image_range
 from resilient.checkpoint.parity.memory import Blocks, zero
 from resilient.ec.codec import Codec
 from resilient.errors import DamagedImage, LevelFailed, ResilientError
@@ -28,15 +28,16 @@ class Submit(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hands:
-    """`keep(j, number, nbytes)` is where a block of this node's own parity goes, `push(node, j, offset, data, digest)`
-    sends a block to another keeper. `submit` does pushes meanwhile; `in_flight` bounds how many."""
+    """`keep(j, number, nbytes)` is where this node's own parity goes, from a row block on; `push(node, j, offset, data,
+    digest)` sends a block to another keeper. `submit` does pushes meanwhile; `in_flight` bounds how many buffers are
+    pushed at a time."""
 
     gather: Gather
     blocks: Blocks
     keep: Callable[[int, int, int], AbstractContextManager[memoryview]]
     push: Callable[[str, int, int, memoryview, str], None]
     submit: Submit
-    in_flight: int = 4
+    in_flight: int = 2
 
 
 class Stopped(Exception):
@@ -65,16 +66,16 @@ class RowJob:
         self._stopped = True
 
     def steps(self) -> Iterator[None]:
-        """Encode what is not yet kept; yields after each block. Raises Stopped, LevelFailed, DamagedImage.
+        """Encode what is not yet kept; yields after each stretch. Raises Stopped, LevelFailed, DamagedImage.
 
         Once it has ended, all parity of the row is kept: see `digests`.
         """
-        numbers = [number for number in range(self.layout.blocks(self.row)) if not self._is_kept(number)]
-        positions = [self._parts(number) for number in numbers]
+        stretches = list(self._stretches())
+        positions = [self._parts(stretch) for stretch in stretches]
         try:
             with closing(self._hands.gather(positions, self._verify)) as gathered:
-                for number, taken in zip(numbers, gathered, strict=True):
-                    self._encode(number, taken)
+                for stretch, taken in zip(stretches, gathered, strict=True):
+                    self._encode(stretch, taken)
                     yield
             self._settle(0)
         except SourceFailed as error:
@@ -86,10 +87,17 @@ class RowJob:
         """The digests of all blocks of each parity, end to end."""
         return tuple("".join(texts) for texts in self._digests)
 
-    def _is_kept(self, number: int) -> bool:
-        return all(kept[number] for kept in self._kept)
+    def _stretches(self) -> Iterator[Stretch]:
+        """What is to be encoded; with it, now and then, some of what is kept already."""
+        number = 0
+        while number < self.layout.blocks(self.row):
+            if all(kept[number] for kept in self._kept):
+                number += 1
+            else:
+                yield (stretch := self.layout.stretch(self.row, number, self._hands.blocks.at_once))
+                number += stretch.count
 
-    def _parts(self, number: int) -> list[Part]:
+    def _parts(self, stretch: Stretch) -> list[Part]:
         stripe = self.layout.stripe
         return [
             Part(
@@ -97,51 +105,58 @@ class RowJob:
                 name=image_range(stripe.life, stripe.step, block.rank),
                 offset=block.block * stripe.block_bytes,
                 nbytes=block.nbytes,
-                digest=self._images[block.rank].digest_of(block.block),
+                digests=tuple(self._images[block.rank].digest_of(block.block + n) for n in range(stretch.count)),
                 shard=block.shard,
             )
-            for block in self.layout.shards(self.row, number)
+            for block in stretch.blocks
         ]
 
     def _verify(self, part: Part, view: memoryview) -> None:
         """Called on reading threads. A block that differs twice is damaged where it lies, not on its way."""
         if self._stopped:
             raise LevelFailed("the encoding was given up")
-        if digest(view) != part.digest:
-            where = part.shard, part.offset
-            self.damaged_again = where in self._damaged
-            self._damaged.add(where)
-            raise DamagedImage(f"{part.name} at offset {part.offset} on node {part.node} is damaged")
+        for number, (block, expected) in enumerate(zip(self._cut(view), part.digests, strict=True)):
+            if digest(block) != expected:
+                where = part.shard, part.offset + number * self.layout.stripe.block_bytes
+                self.damaged_again = where in self._damaged
+                self._damaged.add(where)
+                raise DamagedImage(f"{part.name} at offset {where[1]} on node {part.node} is damaged")
 
-    def _encode(self, number: int, taken: Taken) -> None:
+    def _encode(self, stretch: Stretch, taken: Taken) -> None:
         if self._stopped:
             raise Stopped
-        width = self.layout.nbytes(self.row, number)
+        width = stretch.width
         zeros = self._hands.blocks.zeros()[:width]
         data = [zeros] * self.layout.stripe.k
         for part, view in taken:
             data[part.shard] = padded(view, width)
         others = [self._hands.blocks.take() for _ in range(1, self.layout.stripe.m)]
-        with self._hands.keep(0, number, width) as mine:
-            self._codec.encode(data, [mine, *(block[:width] for block in others)])
-            self._digests[0][number] = digest(mine)
-        self._kept[0][number] = True
-        for j, block in enumerate(others, 1):
+        with self._hands.keep(0, stretch.number, width) as mine:
+            self._codec.encode(data, [mine, *(buffer[:width] for buffer in others)])
+            found = [digest(block) for block in self._cut(mine)]
+        for number, text in enumerate(found, stretch.number):
+            self._digests[0][number], self._kept[0][number] = text, True
+        for j, buffer in enumerate(others, 1):
             self._settle(self._hands.in_flight * len(others) - 1)
-            self._pushing.append(self._hands.submit(partial(self._push, j, number, block, width)))
+            self._pushing.append(self._hands.submit(partial(self._push, j, stretch, buffer)))
 
-    def _push(self, j: int, number: int, block: memoryview, width: int) -> None:
+    def _push(self, j: int, stretch: Stretch, buffer: memoryview) -> None:
         stripe = self.layout.stripe
+        keeper = stripe.members[self.layout.keepers(self.row)[j]].node
         try:
-            if self._stopped:
-                return
-            data = block[:width]
-            found = self._digests[j][number] = digest(data)
-            keeper = stripe.members[self.layout.keepers(self.row)[j]].node
-            self._hands.push(keeper, j, number * stripe.block_bytes, data, found)
-            self._kept[j][number] = True
+            for number, block in enumerate(self._cut(buffer[: stretch.width]), stretch.number):
+                if self._stopped:
+                    return
+                found = self._digests[j][number] = digest(block)
+                self._hands.push(keeper, j, number * stripe.block_bytes, block, found)
+                self._kept[j][number] = True
         finally:
-            self._hands.blocks.give(block)
+            self._hands.blocks.give(buffer)
+
+    def _cut(self, view: memoryview) -> list[memoryview]:
+        """The blocks of a stretch."""
+        size = self.layout.stripe.block_bytes
+        return [view[begin : begin + size] for begin in range(0, view.nbytes, size)]
 
     def _settle(self, most: int) -> None:
         """Wait until at most so many pushes are on their way. Raises what one of them raised, and Stopped."""
@@ -152,7 +167,7 @@ class RowJob:
 
 
 def padded(view: memoryview, width: int) -> memoryview:
-    """A block of a buffer, with zeros up to `width`: its buffer is at least as long."""
+    """What is in a buffer, with zeros up to `width`: the buffer is at least as long."""
     if view.nbytes == width:
         return view
     whole = memoryview(view.obj)[:width]

@@ -1,8 +1,10 @@
 """Blocks of several nodes, brought together position by position: what encoding and recovery have in common.
 
-A *position* is a list of parts that are needed at once, such as the k shards of a row block. One thread reads from each
-node, in the order of the positions, a few blocks ahead into buffers that are used again; whoever takes the positions
-gets them in order. A part that is meant for the caller's own memory goes straight there.
+A *position* is a list of parts that are needed at once, such as the k shards of some row blocks. One thread reads from
+each node, in the order of the positions, a part ahead into buffers that are used again; whoever takes the positions
+gets them in order. A part that is meant for the caller's own memory goes straight there. Parts are of several blocks:
+after each, the caches are full of data, and whatever is done once for it (frames, threads that wake one another) costs
+as much as a good part of a block.
 """
 
 import queue
@@ -16,7 +18,8 @@ from resilient.checkpoint.parity.memory import Blocks, copy
 from resilient.checkpoint.peers.transport import Wanted
 from resilient.errors import ResilientError
 
-AHEAD = 4  # blocks of each node that are on their way or waiting for those of others
+AHEAD = 2  # parts of each node that are on their way or waiting for those of others
+AT_ONCE = 4  # blocks of a part
 
 Read = Callable[[str, Iterable[Wanted]], Iterator[Wanted]]
 """`Transport.read`, or what reads from this node as well."""
@@ -24,13 +27,16 @@ Read = Callable[[str, Iterable[Wanted]], Iterator[Wanted]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
-    """Bytes of a named range on a node. `shard` is for the taker; `into` None: into a buffer."""
+    """Some blocks of a named range on a node, with the digest of each; only the last may be short.
+
+    `shard` is for the taker; `into` None: into a buffer.
+    """
 
     node: str
     name: str
     offset: int
     nbytes: int
-    digest: str
+    digests: tuple[str, ...]
     shard: int
     into: memoryview | None = None
 
@@ -69,7 +75,7 @@ def gather_in_turn(read: Read, blocks: Blocks) -> Gather:
             yield taken
             for part, view in taken:
                 if part.into is None:
-                    blocks.give(memoryview(view.obj)[: blocks.block_bytes])
+                    blocks.give(memoryview(view.obj)[: blocks.buffer_bytes])
 
     return gather
 
@@ -158,7 +164,7 @@ class _Lent:
         lending = ExitStack()
         try:
             view = lending.enter_context(self._here.lend(part.name, part.offset, part.nbytes))
-            if part.into is not None or part.nbytes < self._blocks.block_bytes:
+            if part.into is not None or part.nbytes % self._blocks.block_bytes:
                 buffer = self._blocks.take() if part.into is None else None
                 into = part.into if buffer is None else buffer[: part.nbytes]
                 assert into is not None

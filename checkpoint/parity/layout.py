@@ -103,6 +103,24 @@ class Block(NamedTuple):
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Row blocks `number` to `number + count - 1`, whose blocks lie end to end within one image for each shard.
+
+    `blocks` are the first of each shard, with the bytes of all `count`; only the last of an image may be short.
+    """
+
+    row: int
+    number: int
+    count: int
+    blocks: tuple[Block, ...]
+
+    @property
+    def width(self) -> int:
+        """The bytes that the stretch has of each parity."""
+        return max(block.nbytes for block in self.blocks)
+
+
 class Place(NamedTuple):
     """Where a block of an image is in the parity: its row, its shard, and the number of the row block."""
 
@@ -147,6 +165,20 @@ class Layout:
     def nbytes(self, row: int, number: int) -> int:
         """The bytes of a row block: what each of its parity blocks has."""
         return max((block.nbytes for block in self.shards(row, number)), default=0)
+
+    def stretch(self, row: int, number: int, most: int) -> Stretch:
+        """As many row blocks from `number` on as can be moved and worked on as one, up to `most`."""
+        first = last = self.shards(row, number)
+        count = 1
+        while count < most and number + count < self.blocks(row):
+            following = self.shards(row, number + count)
+            if [block[:4] for block in following] != [(*block[:3], block.block + count) for block in first]:
+                break
+            last = following
+            count += 1
+        before = (count - 1) * self.stripe.block_bytes
+        blocks = tuple(one._replace(nbytes=before + end.nbytes) for one, end in zip(first, last, strict=True))
+        return Stretch(row, number, count, blocks)
 
     def parity_bytes(self, row: int) -> int:
         """The room that one parity shard of a row takes: whole blocks, but for the last."""

@@ -32,10 +32,12 @@ def _address(view: memoryview) -> int:
 
 
 class Blocks:
-    """Buffers of one size. Any thread may take and give; `kept` idle ones stay."""
+    """Buffers for `at_once` blocks each. Any thread may take and give; `kept` idle ones stay."""
 
-    def __init__(self, block_bytes: int, kept: int) -> None:
+    def __init__(self, block_bytes: int, kept: int, at_once: int = 1) -> None:
         self.block_bytes = block_bytes
+        self.at_once = at_once
+        self.buffer_bytes = at_once * block_bytes
         self.kept = kept
         self._lock = threading.Lock()
         self._idle: list[memoryview] = []
@@ -45,25 +47,25 @@ class Blocks:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return private_memory(self.block_bytes)
+        return private_memory(self.buffer_bytes)
 
-    def give(self, block: memoryview) -> None:
-        """Nobody may look at the block any more."""
+    def give(self, buffer: memoryview) -> None:
+        """Nobody may look at the buffer any more."""
         with self._lock:
             if len(self._idle) < self.kept:
-                self._idle.append(block)
+                self._idle.append(buffer)
 
     def zeros(self) -> memoryview:
-        """A block of zeros, for reading."""
+        """A buffer of zeros, for reading."""
         with self._lock:
             if self._zeros is None:
-                self._zeros = private_memory(self.block_bytes).toreadonly()
+                self._zeros = private_memory(self.buffer_bytes).toreadonly()
             return self._zeros
 
     @property
     def idle_bytes(self) -> int:
         with self._lock:
-            return len(self._idle) * self.block_bytes
+            return len(self._idle) * self.buffer_bytes
 
 
 class Arenas:

@@ -20,7 +20,7 @@ from resilient.checkpoint.parity.core import Core
 from resilient.checkpoint.parity.encode import Hands, RowJob, Stopped
 from resilient.checkpoint.parity.errands import Errands
 from resilient.checkpoint.parity.facts import sealed_of
-from resilient.checkpoint.parity.gather import AHEAD, gather_with_threads
+from resilient.checkpoint.parity.gather import AHEAD, AT_ONCE, gather_with_threads
 from resilient.checkpoint.parity.layout import Key, layout_of, parity_range, parse_range_name
 from resilient.checkpoint.parity.memory import Blocks
 from resilient.checkpoint.parity.recovery import Here, Recovery
@@ -91,7 +91,7 @@ class ParityService:
         self._lock = threading.Lock()
         self._core = Core(node, images.agent_id, block_bytes)
         self._store = ParityStore(node, budget_bytes)
-        self._blocks = Blocks(block_bytes, kept=2 * AHEAD)
+        self._blocks = Blocks(block_bytes, kept=2 * AHEAD, at_once=AT_ONCE)
         self._errands = Errands(transport.call, self._told)
         self._jobs: dict[Key, RowJob] = {}
         self._pushers = ThreadPoolExecutor(_PUSHERS, thread_name_prefix="resilient-push")

@@ -33,9 +33,10 @@ class _Shard:
     def is_whole(self) -> bool:
         return 0 not in self.there
 
-    def view(self, number: int) -> memoryview:
-        start = number * self.layout.stripe.block_bytes
-        return self.piece[start : start + self.layout.nbytes(self.id[2], number)]
+    def view(self, numbers: range) -> memoryview:
+        """Row blocks, of which only the last may be short."""
+        size = self.layout.stripe.block_bytes
+        return self.piece[numbers[0] * size : numbers[-1] * size + self.layout.nbytes(self.id[2], numbers[-1])]
 
 
 class ParityStore:
@@ -100,7 +101,7 @@ class ParityStore:
 
     @contextmanager
     def take(self, key: Key, row: int, j: int, offset: int, nbytes: int, wait_s: float = 0.0) -> Iterator[memoryview]:
-        """Where a block goes; it is there once the context ends well. Raises LevelFailed.
+        """Where some blocks go; they are there once the context ends well. Raises LevelFailed.
 
         A block that comes again is the same, so one that is torn then (it may come late, from a connection that was
         given up) leaves what is there. `wait_s`: how long to wait for a stripe of which the sender knew first.
@@ -108,15 +109,16 @@ class ParityStore:
         with self._changed:
             self._changed.wait_for(lambda: key in self._held, wait_s)
             shard = self._find(key, row, j)
-            number = self._number(shard, offset, nbytes)
+            numbers = self._numbers(shard, offset, nbytes)
             if shard.sealed:
                 raise LevelFailed(f"{_name(shard)} on node {self._node} is sealed and takes no more blocks")
             shard.users += 1
+        there = slice(numbers.start, numbers.stop)
         try:
-            yield shard.view(number)
-            shard.there[number] = 1
+            yield shard.view(numbers)
+            shard.there[there] = b"\1" * len(numbers)
         except DamagedImage:
-            shard.there[number] = 0
+            shard.there[there] = b"\0" * len(numbers)
             raise
         finally:
             self._release(shard)
@@ -131,15 +133,16 @@ class ParityStore:
 
     @contextmanager
     def lend(self, key: Key, row: int, j: int, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """One block, which stays while the context lasts. Raises LevelFailed."""
+        """Some blocks, which stay while the context lasts. Raises LevelFailed."""
         with self._changed:
             shard = self._find(key, row, j)
-            number = self._number(shard, offset, nbytes)
-            if not shard.there[number]:
-                raise LevelFailed(f"block {number} of {_name(shard)} is not (or no longer) on node {self._node}")
+            numbers = self._numbers(shard, offset, nbytes)
+            for number in numbers:
+                if not shard.there[number]:
+                    raise LevelFailed(f"block {number} of {_name(shard)} is not (or no longer) on node {self._node}")
             shard.users += 1
         try:
-            yield shard.view(number).toreadonly()
+            yield shard.view(numbers).toreadonly()
         finally:
             self._release(shard)
 
@@ -150,7 +153,7 @@ class ParityStore:
             shard = self._find(key, row, j)
             shard.users += 1
         try:
-            yield shard.view(number)
+            yield shard.view(range(number, number + 1))
         finally:
             self._release(shard)
 
@@ -173,14 +176,17 @@ class ParityStore:
             raise LevelFailed(f"{parity_range(*key, row, j)} is not kept on node {self._node}")
         return held[row, j]
 
-    def _number(self, shard: _Shard, offset: int, nbytes: int) -> int:
-        """The row block that starts at an offset. Raises LevelFailed unless it is exactly one."""
-        number, rest = divmod(offset, shard.layout.stripe.block_bytes)
-        row = shard.id[2]
-        fits = not rest and 0 <= number < len(shard.there) and shard.layout.nbytes(row, number) == nbytes
-        if not fits:
-            raise LevelFailed(f"{_name(shard)} has no block of {nbytes} bytes at {offset}")
-        return number
+    def _numbers(self, shard: _Shard, offset: int, nbytes: int) -> range:
+        """The row blocks that lie there, of which only the last may be short. Raises LevelFailed for anything else."""
+        size = shard.layout.stripe.block_bytes
+        first, rest = divmod(offset, size)
+        numbers = range(first, first + -(-nbytes // size))
+        if rest or first < 0 or not numbers or numbers.stop > len(shard.there):
+            raise LevelFailed(f"{_name(shard)} has no blocks of {nbytes} bytes at {offset}")
+        widths = [shard.layout.nbytes(shard.id[2], number) for number in numbers]
+        if sum(widths) != nbytes or any(width != size for width in widths[:-1]):
+            raise LevelFailed(f"{_name(shard)} has no whole blocks of {nbytes} bytes at {offset}")
+        return numbers
 
     def _release(self, shard: _Shard) -> None:
         with self._changed:

@@ -50,7 +50,7 @@ class Node:
         self.jobs: dict[Key, RowJob] = {}
         self.clock_offset_s = 0.0
         self.slowness = 1.0
-        self._blocks = Blocks(BLOCK, kept=32)
+        self._blocks = Blocks(BLOCK, kept=32, at_once=3)
         self._actions: list[Action] = []
         self._acting = False
 
@@ -431,7 +431,7 @@ class Cluster:
     def _reader(
         self, reader: Node, inventories: list[Inventory], key: Key, rank: int, read: Callable[..., Any]
     ) -> Reader:
-        blocks = Blocks(BLOCK, kept=32)
+        blocks = Blocks(BLOCK, kept=32, at_once=3)
         gather = gather_in_turn(read, blocks)
         knowing = [each for each in inventories if key in each.known]
         if not knowing:

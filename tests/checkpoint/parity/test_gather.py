@@ -42,7 +42,7 @@ def read(node: str, wanted: Iterable[Wanted]) -> Iterator[Wanted]:
 
 
 def part(node: str, number: int, nbytes: int = BLOCK, into: memoryview | None = None) -> Part:
-    return Part(node=node, name="n", offset=number * BLOCK, nbytes=nbytes, digest="", shard=ord(node), into=into)
+    return Part(node=node, name="n", offset=number * BLOCK, nbytes=nbytes, digests=("",), shard=ord(node), into=into)
 
 
 def accept(_part: Part, _view: memoryview) -> None:

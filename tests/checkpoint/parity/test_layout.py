@@ -52,6 +52,28 @@ def test_every_block_is_in_one_place_and_the_inverse_finds_it(stripe: Stripe) ->
     assert seen == expected
 
 
+@given(stripes(), st.integers(1, 5))
+def test_a_stretch_is_its_row_blocks_end_to_end(stripe: Stripe, most: int) -> None:
+    layout = Layout(stripe)
+    for row in range(stripe.n):
+        number = 0
+        while number < layout.blocks(row):
+            found = layout.stretch(row, number, most)
+            assert 1 <= found.count <= most
+            for block in found.blocks:
+                alone = [layout.shards(row, number + after) for after in range(found.count)]
+                ours = [one for each in alone for one in each if one.shard == block.shard]
+                assert [(one.rank, one.block) for one in ours] == [
+                    (block.rank, block.block + after) for after in range(found.count)
+                ]
+                assert all(one.nbytes == BLOCK for one in ours[:-1])
+                assert sum(one.nbytes for one in ours) == block.nbytes
+            widths = [layout.nbytes(row, number + after) for after in range(found.count)]
+            assert sum(widths) == found.width
+            assert all(len(each) == len(found.blocks) for each in alone)
+            number += found.count
+
+
 @given(stripes())
 def test_all_bytes_of_all_images_are_covered(stripe: Stripe) -> None:
     layout = Layout(stripe)

@@ -54,9 +54,47 @@ def test_only_whole_blocks_of_shards_that_are_kept_here_are_taken(store: ParityS
         (KEY, 0, 0, 0, BLOCK - 1),
         (KEY, 0, 0, BLOCK * 99, BLOCK),
         (KEY, 0, 0, -BLOCK, BLOCK),
+        (KEY, 0, 0, 0, 0),
+        (KEY, 0, 0, 0, 2 * BLOCK - 1),
+        (KEY, 0, 0, 2 * BLOCK, layout().parity_bytes(0)),
     ):
         with pytest.raises(LevelFailed), store.take(key, row, j, offset, nbytes):
             pass
+
+
+def test_several_blocks_are_taken_and_lent_as_one(store: ParityStore) -> None:
+    size = layout().parity_bytes(0)
+    with store.take(KEY, 0, 0, BLOCK, size - BLOCK) as into:
+        into[:] = bytes(range(BLOCK, size))
+    with pytest.raises(LevelFailed, match="block 0 of .* is not"), store.lend(KEY, 0, 0, 0, size):
+        pass
+    with store.take(KEY, 0, 0, 0, BLOCK) as into:
+        into[:] = bytes(range(BLOCK))
+    assert store.whole() == {KEY: [(0, 0)]}
+    with store.lend(KEY, 0, 0, 0, size) as lent:
+        assert bytes(lent) == bytes(range(size))
+    with pytest.raises(DamagedImage), store.take(KEY, 0, 0, 0, 2 * BLOCK):
+        raise DamagedImage("wrong digest")
+    with store.lend(KEY, 0, 0, 2 * BLOCK, size - 2 * BLOCK) as lent:
+        assert bytes(lent) == bytes(range(2 * BLOCK, size))
+    with store.take(KEY, 0, 0, 0, BLOCK) as into:
+        into[:] = bytes(range(BLOCK))
+    with pytest.raises(LevelFailed, match="block 1 of .* is not"), store.lend(KEY, 0, 0, 0, size):
+        pass
+
+
+def test_blocks_with_a_gap_between_them_are_not_taken_as_one() -> None:
+    sizes = (BLOCK + 4, BLOCK + 4)
+    members = tuple(Member(node=name, ranks=ranks, image_bytes=sizes) for name, ranks in (("a", (0, 1)), ("b", (2, 3))))
+    made = layout_of(Stripe(life="x", step=3, world_size=4, m=1, block_bytes=BLOCK, members=members))
+    assert [made.nbytes(0, number) for number in range(4)] == [BLOCK, 4, BLOCK, 4]
+    store = ParityStore("a")
+    store.expect(made, 0)
+    for nbytes in (BLOCK, BLOCK + 4):
+        with store.take(KEY, 0, 0, 0, nbytes) as into:
+            assert into.nbytes == nbytes
+    with pytest.raises(LevelFailed, match="no whole blocks"), store.take(KEY, 0, 0, 0, 2 * BLOCK + 4):
+        pass
 
 
 def test_a_torn_repetition_leaves_a_block_there_and_a_damaged_one_does_not(store: ParityStore) -> None:
