@@ -32,8 +32,8 @@ CODES = ((2, 1), (4, 2))
 PARITY = "parity"
 RECOVERY, RECOVERY_NEW = "recovery into memory in use", "recovery into new memory"
 LEAST = {PARITY: 0.80, RECOVERY: 0.70, RECOVERY_NEW: 0.70}
-CABLES = {"": None, ", cables of 2 Gbit/s": "2gbit"}
-IMAGE_BYTES = {(2, 1): 256 << 20, (4, 2): 128 << 20}
+CABLES = {"": None, ", cables of 1 Gbit/s": "1gbit"}
+IMAGE_BYTES, IMAGE_BYTES_BY_CABLE = 256 << 20, 128 << 20
 _PATIENCE_S = 300.0
 
 
@@ -149,12 +149,10 @@ def run(settings: Settings) -> list[Report]:
 
 
 def _launch(settings: Settings, rate: str | None, k: int, m: int) -> dict[str, Any] | Failure:
-    arguments: dict[str, Any] = {
-        "k": k,
-        "m": m,
-        "image_bytes": 16 << 20 if settings.smoke else IMAGE_BYTES[k, m],
-        "times": 1 if settings.smoke else 5 if rate is None else 2,
-    }
+    image_bytes, times = (IMAGE_BYTES, 5) if rate is None else (IMAGE_BYTES_BY_CABLE, 2)
+    if settings.smoke:
+        image_bytes, times = 16 << 20, 1
+    arguments: dict[str, Any] = {"k": k, "m": m, "image_bytes": image_bytes, "times": times}
     if rate is None:
         return launch(settings.place, "bench.parity:measure", arguments, ranks=k + m, threads=1)
     return launch(settings.place, "bench.parity:measure_on_hosts", {**arguments, "rate": rate}, threads=1)

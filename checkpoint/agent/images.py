@@ -289,15 +289,13 @@ class Images:
     def restored(self, rank: int, slot_id: int) -> None:
         """The trainer goes on from one image (0: from none of these). Its others are damaged, or will be made again.
 
-        But for an older one that has parity: it is kept until what the trainer goes on from has it too.
+        An older one that has parity goes, too, even if this one still waits for it: there must be a buffer for the next
+        snapshot, whatever becomes of that parity.
         """
-        chosen = self.slots.owned(slot_id, rank, SlotState.SEALED).snapshot if slot_id else None
-        protected = self.snapshots.newest_protected()
-        if chosen is None or (protected is not None and protected.step >= chosen.step):
-            protected = None
+        if slot_id:
+            self.slots.owned(slot_id, rank, SlotState.SEALED)
         for slot in self.slots.of(rank):
-            kept = protected is not None and slot.snapshot is protected
-            if slot.id != slot_id and slot.state is SlotState.SEALED and not kept:
+            if slot.id != slot_id and slot.state in (SlotState.SEALED, SlotState.SEALING):
                 slot.released = True
 
     def view(self, slot: Slot) -> memoryview:

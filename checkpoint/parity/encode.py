@@ -19,6 +19,8 @@ from resilient.checkpoint.parity.memory import Blocks, zero
 from resilient.ec.codec import Codec
 from resilient.errors import DamagedImage, LevelFailed, ResilientError
 
+_LEAST_STRETCHES = 8  # of a row, where it can be: nothing is pushed before the first is read, nor read after the last
+
 
 class Submit(Protocol):
     """Runs a call on some thread, or at once."""
@@ -89,12 +91,13 @@ class RowJob:
 
     def _stretches(self) -> Iterator[Stretch]:
         """What is to be encoded; with it, now and then, some of what is kept already."""
-        number = 0
-        while number < self.layout.blocks(self.row):
+        number, count = 0, self.layout.blocks(self.row)
+        most = max(1, min(self._hands.blocks.at_once, count // _LEAST_STRETCHES))
+        while number < count:
             if all(kept[number] for kept in self._kept):
                 number += 1
             else:
-                yield (stretch := self.layout.stretch(self.row, number, self._hands.blocks.at_once))
+                yield (stretch := self.layout.stretch(self.row, number, most))
                 number += stretch.count
 
     def _parts(self, stretch: Stretch) -> list[Part]:
