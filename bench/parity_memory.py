@@ -4,8 +4,8 @@ Measured on real agents, one for each rank of a job, as their status tells it: s
 buffer* is what one snapshot takes once it is safe; *two buffers* the most that is taken at any time while one snapshot
 follows another, which a library needs so that the last one stays until the next is safe. What replicating libraries
 take follows from how they are made: lm-resiliency 0.2 and ML Flashpoint keep two own and two of a partner's images
-(4 x), DLRover's flash checkpoint one of each (2 x); notes of their sources are in bench/README or the docs of this
-repository. Not in the ratios: buffers for blocks on their way, which do not grow with the image.
+(4 x), DLRover's flash checkpoint one of each (2 x): read in their sources, not measured. Not in the ratios: buffers for
+blocks on their way, which do not grow with the image.
 """
 
 import os
