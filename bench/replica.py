@@ -22,7 +22,7 @@ from bench.peers import Method
 from bench.state import Training
 from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.peers.listener import NICE
-from resilient.checkpoint.peers.pacing import run_behind
+from resilient.checkpoint.priority import run_behind
 
 HOST = "127.0.0.1"
 KEPT = 2

@@ -20,6 +20,7 @@ from resilient.checkpoint import copying
 from resilient.checkpoint.image import header
 from resilient.checkpoint.objects import Encoded
 from resilient.checkpoint.plan import Look, Plan, capacity, data_start
+from resilient.checkpoint.priority import run_behind
 from resilient.checkpoint.tail import Tail
 from resilient.errors import AgentLost, LevelFailed, ResilientError, SnapshotSkipped, TornCapture
 
@@ -134,7 +135,7 @@ class Capture:
         _log.warning("step %d: the copies were not done within %g s; snapshot given up", job.step, self._timeout_s)
 
     def _loop(self) -> None:
-        copying.lower_priority(_NICE)
+        run_behind(_NICE)
         while (job := self._jobs.get()) is not None:
             try:
                 self._run(job)

@@ -8,7 +8,6 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -155,12 +154,6 @@ class SharedWork:
 def cpu_threads() -> int:
     """Threads worth using for memory copies: the CPUs this process may run on, at most eight."""
     return min(8, len(os.sched_getaffinity(0)))
-
-
-def lower_priority(nice: int) -> None:
-    """Let the calling thread run only where others leave room (Linux: a thread has a nice value of its own)."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def help_with_threads(work: SharedWork, threads: int) -> None:

@@ -7,20 +7,17 @@ anew can be told again (`Peering.introduce`). Which nodes protect one another is
 import logging
 import secrets
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.world import World
 from resilient.ec.domains import Document, Domains, Host, decide_domains, host_of
 from resilient.ec.groups import Grouping, decide_groups
-from resilient.errors import LevelFailed, ResilientError
+from resilient.errors import LevelFailed
 from resilient.policy import Policy
-
-T = TypeVar("T")
 
 _log = logging.getLogger("resilient")
 _TOKEN = "RESILIENT_TOKEN"
@@ -57,8 +54,8 @@ def arrange_peering(
 ) -> Peering | None:
     """Agree on who talks to whom; None where there is no parity: none is asked for, or there are too few nodes.
 
-    Collective. Raises LevelFailed on all ranks where an agent cannot listen, UsageError for failure domains that
-    cannot be read.
+    Collective: whatever fails on one rank is raised on all. Raises LevelFailed, UsageError where an agent cannot listen
+    at its address and for failure domains that make no sense.
     """
     sizes = policy.parity_sizes()
     if sizes is None:
@@ -74,12 +71,12 @@ def arrange_peering(
     if not grouping.groups:
         return None
     token = _agree_on_token(world, client, leads, environment)
-    host = policy.peer_address or _own_address(environment)
-    found = _together(world, lambda: client.listen(world.node, token, host) if leads else None)
-    addresses = [address for address in found if address is not None]
-    members = tuple((node, address[0], address[1]) for node, address in zip(nodes, addresses, strict=True))
+    host = world.together(lambda: policy.peer_address or _own_address(environment), LevelFailed)
+    listening = world.together(lambda: client.listen(world.node, token, host) if leads else None, LevelFailed)
+    addresses = world.gather(listening)
+    members = tuple((node, *addresses[at]) for node, at in zip(nodes, leaders, strict=True))
     peering = Peering(token, host, world.node, leads, members, grouping)
-    _together(world, lambda: peering.introduce(client))
+    world.together(lambda: peering.introduce(client), LevelFailed)
     return peering
 
 
@@ -87,34 +84,18 @@ def _agree_on_domains(world: World, leaders: Sequence[int], policy: Policy, envi
     """The failure domains of the nodes, in the order of their first ranks. Rank 0 reads the file, if there is one."""
     hosts = world.gather(asdict(host_of(world.node, environment)))
     path = policy.failure_domains
-    texts = _together(world, lambda: Path(path).read_text("utf-8") if path is not None and world.rank == 0 else None)
-    file = Document(path, texts[0]) if path is not None and texts[0] is not None else None
+    reads = path is not None and world.rank == 0
+    text = world.together(lambda: Path(str(path)).read_text("utf-8") if reads else None, LevelFailed)
+    file = Document(path, world.gather(text)[0]) if path is not None else None
     return decide_domains([Host(**hosts[at]) for at in leaders], file=file)
 
 
 def _agree_on_token(world: World, client: AgentClient, leads: bool, environment: Mapping[str, str]) -> str:
     """The launcher's token; else the one that agents of an earlier life have; else a new one, made by rank 0."""
     given = environment.get(_TOKEN)
-    known = _together(world, lambda: given or (client.token() if leads else None))
+    known = world.gather(world.together(lambda: given or (client.token() if leads else None), LevelFailed))
     fresh: str = world.gather(secrets.token_hex(32) if world.rank == 0 else None)[0]
     return next((token for token in known if token), fresh)
-
-
-def _together(world: World, work: Callable[[], T]) -> list[T]:
-    """The result of every rank's `work`, or on every rank the error of one that failed."""
-    result: Any = None
-    problem: Exception | None = None
-    try:
-        result = work()
-    except (ResilientError, OSError) as error:
-        problem = error
-    rows = world.gather([result, None if problem is None else str(problem)])
-    if problem is not None:
-        raise problem
-    for rank, (_, text) in enumerate(rows):
-        if text is not None:
-            raise LevelFailed(f"rank {rank} could not join the others' agents: {text}")
-    return [found for found, _ in rows]
 
 
 def _own_address(environment: Mapping[str, str]) -> str:

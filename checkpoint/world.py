@@ -8,13 +8,17 @@ background.
 import json
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from resilient.errors import UsageError
+from resilient import errors
+from resilient.errors import ResilientError, RestoreError, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +51,35 @@ class World:
         dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=self.group)
         return [json.loads(bytes(part[: int(size.item())].tolist())) for part, size in zip(parts, sizes, strict=True)]
 
+    def together(self, work: Callable[[], T], otherwise: type[ResilientError] = RestoreError) -> T:
+        """Do this rank's part; return when all ranks have done theirs, and raise on all if it failed on any.
+
+        Another rank's error is raised as the same class if it is one of ours, else as `otherwise`. Collective.
+        """
+        results: list[T] = []
+        failure: Exception | None = None
+        try:
+            results.append(work())
+        except Exception as error:  # whatever it is, a user's load_state_dict's too, the other ranks must not wait
+            failure = error
+        outcomes = self.gather(None if failure is None else [type(failure).__name__, str(failure)])
+        if failure is not None:
+            raise failure
+        for rank, outcome in enumerate(outcomes):
+            if outcome is not None:
+                raise _error_named(outcome[0], otherwise)(f"rank {rank}: {outcome[1]}")
+        return results[0]
+
     def broadcast(self, data: torch.Tensor, source: int) -> None:
         """Send a uint8 host tensor from one rank to all others, in place; all ranks call it."""
         if self.group is not None:
             dist.broadcast(data, src=source, group=self.group)
+
+
+def _error_named(name: str, otherwise: type[ResilientError]) -> type[Exception]:
+    """The class of another rank's error, where it is one of ours."""
+    kind = getattr(errors, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, ResilientError) else otherwise
 
 
 def node_name() -> str:

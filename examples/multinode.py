@@ -24,6 +24,7 @@ stands by gains nothing, since starting one takes no longer than the dead one is
 
 import argparse
 import base64
+import io
 import json
 import os
 import pickle
@@ -40,7 +41,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch.distributed import TCPStore
 
@@ -59,6 +60,7 @@ TORCHRUN = {
     "TORCH_ELASTIC_WORKER_IDENTICAL": "1",
 }
 RUN_ID = "multinode"
+_RENDEZVOUS = "torch.distributed.elastic.rendezvous.dynamic_rendezvous"
 STORE_TIMEOUT_S = 20.0
 STOP_GRACE_S = 15.0
 POLL_S = 0.05
@@ -241,8 +243,19 @@ def _life(endpoint: str, run_id: str) -> int:
     """
     host, port = endpoint.rsplit(":", 1)
     store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=STORE_TIMEOUT_S))
-    state = pickle.loads(base64.b64decode(store.get(f"torch.rendezvous.{run_id}")))
-    return int(state.round)
+    return int(_RendezvousReader(io.BytesIO(base64.b64decode(store.get(f"torch.rendezvous.{run_id}")))).load().round)
+
+
+class _RendezvousReader(pickle.Unpickler):
+    """Makes what torchrun's own state consists of, and nothing else: a pickle could run anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        ours = (module, name) in {(_RENDEZVOUS, "_RendezvousState"), (_RENDEZVOUS, "_NodeDesc")}
+        if ours or (module == "datetime" and name in ("datetime", "timedelta", "timezone")):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"the rendezvous store holds {module}.{name}, which is no part of torchrun's state"
+        )
 
 
 def main(arguments: argparse.Namespace) -> int:

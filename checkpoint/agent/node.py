@@ -163,8 +163,7 @@ class Node:
             self.writing.cancel_failed()  # before anybody hears of it
         for to, event in tells:
             if to == ALL:
-                for session in list(self.by_rank.values()):
-                    session.send(event)
+                self.tell_all(event)
             elif to == LEADER and self.by_rank:
                 self.by_rank[min(self.by_rank)].send(event)
             else:

@@ -194,7 +194,7 @@ class Protecting:
         def run() -> None:
             try:
                 result = work()
-            except Exception as error:
+            except Exception as error:  # a trainer waits for the answer, whatever went wrong
                 told = error if isinstance(error, ResilientError) else LevelFailed(f"{name}: {error!r}")
                 if told is not error:
                     log.exception("%s", name)
@@ -211,7 +211,7 @@ class Protecting:
         def run() -> None:
             try:
                 future.set_result(call())
-            except BaseException as error:
+            except BaseException as error:  # whatever it is: a thread waits for it, and would wait for ever
                 future.set_exception(error)
 
         self._loop.post(run)
@@ -269,8 +269,7 @@ class Protecting:
         self._host.settle()
 
     def _damaged(self, what: str) -> None:
-        """The scrub found something. Any thread."""
-        log.warning("%s", what)
+        """The scrub found something, and logged it. Any thread."""
         self._loop.post(lambda: self._host.tell_all({"event": "damage", "what": what}))
 
     # --- the end

@@ -54,7 +54,7 @@ class FrameReader:
     def messages(self) -> Iterator[tuple[Message, list[int]]]:
         """Whole messages with their descriptors, which are the caller's to close. Raises ProtocolError."""
         while (body := self._next_body()) is not None:
-            message = _parsed(body)
+            message = parsed(body)
             count = message.pop("descriptors", 0)
             if type(count) is not int or not 0 <= count <= len(self._fds):
                 raise ProtocolError(f"a frame speaks of {count!r} descriptors, {len(self._fds)} came")
@@ -78,13 +78,14 @@ class FrameReader:
         return body
 
 
-def _parsed(body: bytes) -> Message:
+def parsed(body: bytes, what: str = "frame") -> Message:
+    """The JSON object in a frame, or in whatever it is called. Raises ProtocolError for anything else."""
     try:
         message = json.loads(body)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
-        raise ProtocolError(f"a frame that is not JSON: {error}") from error
+        raise ProtocolError(f"a {what} that is not JSON: {error}") from error
     if not isinstance(message, dict):
-        raise ProtocolError(f"a frame that holds no object but {type(message).__name__}")
+        raise ProtocolError(f"a {what} that holds no object but {type(message).__name__}")
     return message
 
 

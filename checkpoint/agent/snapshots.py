@@ -69,7 +69,7 @@ class Snapshot:
         return self.progress.get(level) is Progress.COMPLETE
 
     def awaits_parity(self) -> bool:
-        """Whether its parity is on its way: of all that is complete in memory only this may become more."""
+        """Whether its parity is on its way, and worth having."""
         parity = self.progress.get(PARITY)
         return parity is not None and not parity.settled and not self.superseded and not self.gone
 
@@ -225,9 +225,10 @@ class Snapshots:
     def newest_protected(self) -> Snapshot | None:
         """The snapshot to go back to when nodes are lost; None where newer ones make do without parity."""
         newest, protected = self.newest_complete(), self._newest(PARITY)
-        given_up = newest is not None and protected is not None and newest.key > protected.key
-        given_up = given_up and (newest is not None and PARITY not in newest.progress)
-        return None if given_up or self._unprotected >= UNPROTECTED else protected
+        if protected is None or self._unprotected >= UNPROTECTED:
+            return None
+        goes_without = newest is not None and newest.key > protected.key and PARITY not in newest.progress
+        return None if goes_without else protected
 
     def wanted_parity(self) -> set[tuple[str, int]]:
         """(life, step) of the snapshots whose parity is to be made, or to be kept."""

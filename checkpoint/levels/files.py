@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
@@ -23,7 +24,7 @@ from resilient.errors import DamagedImage, LevelFailed
 
 _TEMPORARY = re.compile(r"^\..*\.([0-9a-f]{8})-(\d+)-(\d+)-(\d+)\.part$")
 _FOREIGN_STALE_S = 24 * 3600  # after a day without a write, a temporary file of another host is taken for left over
-_OPEN_ATTEMPTS = 200  # each costs some microseconds, and a remover in a tight loop wins many of them
+_OPEN_ATTEMPTS = 200  # each costs some microseconds, and another process in a tight loop wins many of them
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space, or keep fewer snapshots",
     errno.EDQUOT: "the quota is used up: free space, or keep fewer snapshots",
@@ -34,6 +35,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: "use a shorter folder name",
 }
 _counter = itertools.count()
+_removing: defaultdict[str, Lock] = defaultdict(Lock)  # by root: threads must not remove what one has just made
 
 
 class FileStore(Store):
@@ -43,6 +45,7 @@ class FileStore(Store):
         self.root = os.path.abspath(root)
         self.url = self.root
         self._lock = Lock()
+        self._removing = _removing[self.root]
         self._known: set[str] = set()  # folders whose own entry is on the medium
 
     def write(self, name: str, chunks: Iterable[memoryview], *, exclusive: bool = False) -> None:
@@ -121,36 +124,42 @@ class FileStore(Store):
         return f"{self.root}/{name}"
 
     def _open(self, out: DirectWriter) -> None:
-        """Create the temporary file, and the folders on the way to it."""
+        """Create the temporary file, and the folders on the way to it, their entries on the medium before this returns.
+
+        Nothing slow may come between making a folder and making the file that keeps it: other processes remove empty
+        folders. So syncing and sweeping come after.
+        """
         folder = os.path.dirname(out.path)
         for _ in range(_OPEN_ATTEMPTS):
-            self._make_folder(folder)
+            if not os.path.isdir(folder):
+                self._forget(folder)
+                self._make_root()
             try:
-                return out.open()
-            except FileNotFoundError:  # another process removed the folder, empty as it still was
+                with self._removing:
+                    os.makedirs(folder, exist_ok=True)
+                    out.open()
+                return self._settle(folder)
+            except FileNotFoundError:  # removed between the two, empty as it still was
                 self._forget(folder)
         raise FileNotFoundError(errno.ENOENT, "the folder is removed again and again", folder)
 
-    def _make_folder(self, folder: str) -> None:
-        """Make a folder and what leads to it, each entry on the medium before this returns.
+    def _make_root(self) -> None:
+        if self.root not in self._known:
+            _make_above(self.root)
+            self._settle(self.root)
 
-        A folder that somebody else has just made is synced as well: its maker may not have come to that yet.
+    def _settle(self, folder: str) -> None:
+        """Bring the entries of a folder and of those above it, up to the root, onto the medium; sweep what is new here.
+
+        A folder that somebody else has made is synced as well: its maker may not have come to that yet.
         """
-        if folder in self._known:
-            return
-        parent = os.path.dirname(folder)
-        existed = os.path.isdir(folder)
-        if folder == self.root:
-            _make_above(folder)
-        else:
-            self._make_folder(parent)
-            with suppress(FileExistsError):
-                os.mkdir(folder)
-            _sync_folder(parent)
-        if existed:
+        while folder not in self._known:
+            if folder != self.root:  # `_make_above` syncs the root's own entry
+                _sync_folder(os.path.dirname(folder))
             _sweep_folder(folder)
-        with self._lock:
-            self._known.add(folder)
+            with self._lock:
+                self._known.add(folder)
+            folder = os.path.dirname(folder)
 
     def _forget(self, folder: str) -> None:
         with self._lock:
@@ -162,7 +171,8 @@ class FileStore(Store):
         while folder != self.root:
             self._forget(folder)
             try:
-                os.rmdir(folder)
+                with self._removing:
+                    os.rmdir(folder)
             except FileNotFoundError:
                 pass
             except OSError:  # not empty, or in use: both are in order

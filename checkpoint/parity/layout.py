@@ -185,10 +185,6 @@ class Layout:
         count = self.blocks(row)
         return (count - 1) * self.stripe.block_bytes + self.nbytes(row, count - 1) if count else 0
 
-    def member_of(self, rank: int) -> int | None:
-        """The member that holds the image of a rank; None where it is of another group."""
-        return self._member_of.get(rank)
-
     def where(self, rank: int, block: int) -> Place:
         """Where a block of a rank's image is. The inverse of `shards`."""
         member = self._member_of[rank]

@@ -8,9 +8,8 @@ import ctypes
 import threading
 from collections import defaultdict
 
-import numpy as np
-
 from resilient.checkpoint.agent.memory import private_memory
+from resilient.checkpoint.levels.direct import address_of
 
 
 def copy(target: memoryview, source: memoryview) -> None:
@@ -18,17 +17,13 @@ def copy(target: memoryview, source: memoryview) -> None:
     if target.nbytes != source.nbytes:
         raise ValueError(f"{source.nbytes} bytes into {target.nbytes}")
     if target.nbytes:
-        ctypes.memmove(_address(target), _address(source), target.nbytes)
+        ctypes.memmove(address_of(target), address_of(source), target.nbytes)
 
 
 def zero(target: memoryview) -> None:
     """Fill with zeros, without the interpreter lock."""
     if target.nbytes:
-        ctypes.memset(_address(target), 0, target.nbytes)
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
+        ctypes.memset(address_of(target), 0, target.nbytes)
 
 
 class Blocks:
@@ -105,11 +100,6 @@ class Arenas:
             self._idle_bytes += piece.nbytes
             self._idle[piece.nbytes].append(piece)
             self._trim(max(self._used_bytes, piece.nbytes))
-
-    def fits(self, nbytes: int) -> bool:
-        """Whether `take` would need no new memory."""
-        with self._lock:
-            return any(pieces and nbytes <= size <= nbytes * 5 // 4 for size, pieces in self._idle.items())
 
     def clear(self) -> None:
         with self._lock:

@@ -103,7 +103,7 @@ class Decision:
 def decide(inventories: Sequence[Inventory], world_size: int) -> Decision:
     """The newest snapshot of a world of this size that all ranks can have: of the latest life, then the latest step."""
     passed: list[Key] = []
-    for key in _keys(inventories):
+    for key in keys_of(inventories):
         images = {rank: find(inventories, key, rank) for rank in range(world_size)}
         there = {rank: one for rank, one in images.items() if one is not None and one.world_size == world_size}
         if len(there) == world_size:
@@ -119,7 +119,7 @@ def decide(inventories: Sequence[Inventory], world_size: int) -> Decision:
 
 def recoverable(inventories: Sequence[Inventory], ranks: Iterable[int]) -> dict[int, list[Found]]:
     """For each rank what can be had of it, the newest first."""
-    keys = _keys(inventories)
+    keys = keys_of(inventories)
     return {rank: [one for key in keys if (one := find(inventories, key, rank)) is not None] for rank in ranks}
 
 
@@ -160,7 +160,7 @@ def inventory_of(
     )
 
 
-def _keys(inventories: Sequence[Inventory]) -> list[Key]:
+def keys_of(inventories: Sequence[Inventory]) -> list[Key]:
     """All snapshots of which anything is there, the newest first."""
     images = {image_id[:2] for each in inventories for image_id in each.images}
     return sorted(images | {key for each in inventories for key in each.known}, reverse=True)

@@ -22,6 +22,7 @@ from resilient.checkpoint.parity.recover import (
     Sources,
     find,
     inventory_of,
+    keys_of,
     recoverable,
     sources_of,
 )
@@ -142,9 +143,7 @@ class Recovery:
         raise LevelFailed(f"nobody knows of whole parity of step {key[1]}")
 
     def _choose(self, inventories: Sequence[Inventory], rank: int, step: int, life: str | None) -> Found:
-        keys = {image_id[:2] for each in inventories for image_id in each.images}
-        keys |= {key for each in inventories for key in each.known}
-        for key in sorted(keys, reverse=True):
+        for key in keys_of(inventories):
             if key[1] == step and life in (None, key[0]) and (found := find(inventories, key, rank)) is not None:
                 return found
         raise LevelFailed(

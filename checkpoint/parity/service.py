@@ -27,8 +27,9 @@ from resilient.checkpoint.parity.recovery import Here, Recovery
 from resilient.checkpoint.parity.scrub import Finding, Scrub, Whole, run
 from resilient.checkpoint.parity.snapshot import Snapshot, State
 from resilient.checkpoint.parity.store import ParityStore
-from resilient.checkpoint.peers.pacing import Pace, run_behind
+from resilient.checkpoint.peers.pacing import Pace
 from resilient.checkpoint.peers.transport import Message, Transport
+from resilient.checkpoint.priority import run_behind
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError
 
@@ -70,7 +71,7 @@ class Images(Protocol):
 
 
 class ParityService:
-    """See the module. `start` first; `close` at the end."""
+    """See the module. Does nothing before `configure`; `close` at the end."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from resilient.checkpoint.agent.protocol import ProtocolError
 from resilient.checkpoint.digest import digest
 from resilient.checkpoint.peers.frames import Broken, Channel, Kind
 from resilient.checkpoint.peers.handshake import HandshakeFailed, as_server
-from resilient.checkpoint.peers.pacing import Pace, run_behind, yield_to_others
+from resilient.checkpoint.peers.pacing import Pace, yield_to_others
 from resilient.checkpoint.peers.requests import (
     Range,
     as_failure,
@@ -29,6 +29,7 @@ from resilient.checkpoint.peers.requests import (
 )
 from resilient.checkpoint.peers.sockets import Sockets
 from resilient.checkpoint.peers.transport import Address, Served
+from resilient.checkpoint.priority import run_behind
 
 HANDSHAKE_S = 5.0
 STRANGERS = 16

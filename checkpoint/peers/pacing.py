@@ -4,7 +4,6 @@ The rate is kept by virtual scheduling (a token bucket without a counter: ITU-T 
 bytes let through so far would all have left at the rate. Who comes before that time waits.
 """
 
-import os
 import socket
 import threading
 import time
@@ -62,11 +61,3 @@ def yield_to_others(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, _CLASS_SELECTOR_1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, _CLASS_SELECTOR_1)
-
-
-def run_behind(nice: int) -> None:
-    """Let the calling thread run only where others leave room (Linux: a thread has a nice value of its own)."""
-    thread = threading.get_native_id()
-    with suppress(OSError):  # a system that does not let us
-        if os.getpriority(os.PRIO_PROCESS, thread) < nice:
-            os.setpriority(os.PRIO_PROCESS, thread, nice)

@@ -5,9 +5,8 @@ Shared by both sides of the TCP transport (`links.py` asks, `listener.py` serves
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
-from resilient.checkpoint.agent.protocol import ProtocolError, error_of, error_reply, text, whole
+from resilient.checkpoint.agent.protocol import ProtocolError, error_of, error_reply, parsed, text, whole
 from resilient.checkpoint.peers.frames import TEXT_BYTES
 from resilient.checkpoint.peers.transport import Message
 from resilient.errors import DamagedImage, LevelFailed, ResilientError
@@ -52,13 +51,7 @@ def message_text(message: Message) -> bytes:
 
 def parse_message(body: bytes) -> Message:
     """Raises ProtocolError for all but one JSON object."""
-    try:
-        found: Any = json.loads(body)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
-        raise ProtocolError(f"a text that is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ProtocolError(f"a text that holds no object but {type(found).__name__}")
-    return found
+    return parsed(body, "text")
 
 
 def error_text(error: ResilientError) -> bytes:

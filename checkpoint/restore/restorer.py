@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from resilient import errors
 from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.extras import Extras
@@ -33,7 +32,7 @@ from resilient.checkpoint.restore.load import Catalog, Proposal, propose
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
 from resilient.checkpoint.world import World
-from resilient.errors import DamagedImage, LevelFailed, ResilientError, RestoreError
+from resilient.errors import DamagedImage, LevelFailed, ResilientError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
@@ -57,8 +56,8 @@ class Restored:
 class Restorer:
     """One restore. Made and used on the training thread of every rank.
 
-    Whatever fails on one rank is raised on all of them (`_together`): a rank that left alone would hold up the others
-    at their next collective.
+    Whatever fails on one rank is raised on all of them (`World.together`): a rank that left alone would hold up the
+    others at their next collective.
     """
 
     def __init__(
@@ -126,28 +125,12 @@ class Restorer:
                         )
             damaged |= found
 
-    def _together(self, work: Callable[[], T]) -> T:
-        """Do this rank's part; return when all ranks have done theirs, and raise on all if it failed on any."""
-        results: list[T] = []
-        failure: Exception | None = None
-        try:
-            results.append(work())
-        except Exception as error:  # whatever it is, a user's load_state_dict's too, the other ranks must not wait
-            failure = error
-        outcomes = self._world.gather(None if failure is None else [type(failure).__name__, str(failure)])
-        if failure is not None:
-            raise failure
-        for rank, outcome in enumerate(outcomes):
-            if outcome is not None:
-                raise _error_named(outcome[0])(f"rank {rank}: {outcome[1]}")
-        return results[0]
-
     # ---- facts
 
     def _facts(self) -> list[Facts]:
         """Where every rank's images are. Only rank 0 lists the durable level, for all."""
         world = self._world
-        rows = world.gather(self._together(self._look))
+        rows = world.gather(self._world.together(self._look))
         durable = dict(rows[0]["durable"])
         ours = tuple(step for step, size in durable.items() if size == world.world_size)
         others = {step: size for step, size in durable.items() if size != world.world_size}
@@ -228,7 +211,7 @@ class Restorer:
                 _log.warning("rank %d: step %d at level %s cannot be used: %s", rank, decision.step, level, problem)
                 return None, problem
 
-        return self._together(attempt)
+        return self._world.together(attempt)
 
     def _open(self, step: int, level: str, opened: ExitStack) -> Image:
         """This rank's image; only its header and objects are read and verified by now."""
@@ -259,7 +242,7 @@ class Restorer:
         """Fill what this rank's own image has; then agree. Returns what is wanted, and what turned out damaged."""
         alone = self._world.world_size == 1
         described = [] if alone else self._world.gather([image.record.text(), image.data_start])
-        proposal = self._together(lambda: self._propose(image, described))
+        proposal = self._world.together(lambda: self._propose(image, described))
         needs = self._world.gather(sorted({span.image_rank for span in proposal.ranges}))
         shared = any(self._world.rank in ranks for rank, ranks in enumerate(needs) if rank != self._world.rank)
         if not self._fresh:
@@ -330,11 +313,11 @@ class Restorer:
         """Fill what the images of other ranks have, which they have verified by now; then everything else."""
         rank, node = self._world.rank, self._world.node_ranks
         slots = self._world.gather(self._slot)
-        self._together(lambda: self._fill_from_neighbours(decision.step, proposal, slots, opened))
+        self._world.together(lambda: self._fill_from_neighbours(decision.step, proposal, slots, opened))
         elsewhere = [span for span in proposal.ranges if span.image_rank not in node]
         receive_remote(self._world, elsewhere, image.source if isinstance(image.source, InMemory) else None)
         # Together also because nobody may let go of an image that another rank still reads.
-        notes = self._together(lambda: extras.apply(image.objects, self._found, image.groups()))
+        notes = self._world.together(lambda: extras.apply(image.objects, self._found, image.groups()))
         if rank == 0:
             _log.info("restored: %s", decision.reason)
         for note in notes:
@@ -349,9 +332,3 @@ class Restorer:
             view = opened.enter_context(mapped).view
             scatter = Scatter(span for span in proposal.ranges if span.image_rank == rank)
             InMemory(mapped.record, "memory", view, verified=True).stream(scatter.take)
-
-
-def _error_named(name: str) -> type[Exception]:
-    """The class of another rank's error, where it is one of ours."""
-    kind = getattr(errors, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, ResilientError) else RestoreError

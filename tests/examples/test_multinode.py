@@ -1,19 +1,23 @@
 """torchrun over nodes that die: spares take their places, and training ends with the bits of an undisturbed run."""
 
+import io
 import json
 import os
+import pickle
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the examples are no installed package
 
-from examples.multinode import Job, JobFailed
+from examples.multinode import Job, JobFailed, _RendezvousReader
 from examples.nodes import Nodes
 from examples.steplog import losses, read_steps
 
@@ -137,3 +141,14 @@ def test_a_training_job_whose_node_is_killed_ends_with_the_bits_of_an_undisturbe
         assert undisturbed[what] == killed[what]
     assert undisturbed["ranks_agree"]
     assert killed["ranks_agree"]
+
+
+def test_of_the_rendezvous_state_nothing_is_made_but_what_torchrun_puts_there() -> None:
+    state = _RendezvousState()
+    state.round = 7
+    state.deadline = datetime.now(UTC)
+    state.participants[_NodeDesc("n1", 1, 0)] = 0
+    assert _RendezvousReader(io.BytesIO(pickle.dumps(state))).load().round == 7
+    state.wait_list = {os.system}  # type: ignore[arg-type]
+    with pytest.raises(pickle.UnpicklingError, match="posix.system, which is no part of torchrun's state"):
+        _RendezvousReader(io.BytesIO(pickle.dumps(state))).load()

@@ -201,13 +201,25 @@ def save_and_restore(make: Callable[[], Job], url: str) -> None:
 MEMORY_ONLY = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
 
 
-def train_and_die(make: Callable[[], Job], url: str, folder: str) -> None:
-    """Save three steps in memory, note what was saved, and be killed in the fourth: rank 1 first."""
+def nothing(checkpointer: Checkpointer) -> None:
+    pass
+
+
+def train_and_die(
+    make: Callable[[], Job],
+    url: str,
+    folder: str,
+    policy: resilient.Policy = MEMORY_ONLY,
+    level: str = "memory",
+    started: Callable[[Checkpointer], None] = nothing,
+) -> None:
+    """Save three steps, each until a level has it, note what was saved, and be killed in the fourth: rank 1 first."""
     job = made(make, 1)
-    checkpointer = Checkpointer(url, job.state, MEMORY_ONLY)
+    checkpointer = Checkpointer(url, job.state, policy)
+    started(checkpointer)
     for step in (1, 2, 3):
         job.step()
-        checkpointer.save(step).durable("memory").result(40)
+        checkpointer.save(step).durable(level).result(40)
     rank = dist.get_rank()
     torch.save(facts(job.state), f"{folder}/saved{rank}")
     train(job, 1)
@@ -218,16 +230,24 @@ def train_and_die(make: Callable[[], Job], url: str, folder: str) -> None:
     threading.Event().wait(60)  # until it is killed too
 
 
-def come_back(make: Callable[[], Job], url: str, folder: str) -> dict[int, str]:
-    """Restore what `train_and_die` saved; returns the levels."""
+def come_back(
+    make: Callable[[], Job],
+    url: str,
+    folder: str,
+    policy: resilient.Policy = MEMORY_ONLY,
+    level: str = "memory",
+    started: Callable[[Checkpointer], None] = nothing,
+) -> dict[int, str]:
+    """Restore what `train_and_die` saved, and go on until a level has the next step; returns the levels."""
     rank = dist.get_rank()
     fresh = made(make, 2)
-    with checkpointing(Path(url), fresh, MEMORY_ONLY) as restored:
+    with checkpointing(Path(url), fresh, policy) as restored:
+        started(restored)
         assert restored.restore() == 3
         assert_same(torch.load(f"{folder}/saved{rank}", weights_only=False), facts(fresh.state))
         train(fresh, 1)
         assert_same(torch.load(f"{folder}/later{rank}", weights_only=False), facts(fresh.state))
-        restored.save(4).durable("memory").result(40)
+        restored.save(4).durable(level).result(40)
         assert restored.last_restore is not None
         return restored.last_restore.levels
 

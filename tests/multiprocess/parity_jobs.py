@@ -4,21 +4,20 @@ import json
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 import resilient
 from resilient.checkpoint.checkpointer import Checkpointer
-from tests.checkpoint.jobs import Job, assert_same, checkpointing, facts, train
+from resilient.errors import LevelFailed
+from tests.checkpoint.jobs import Job, checkpointing
+from tests.multiprocess import distributed_jobs as jobs
 from tests.multiprocess.distributed_jobs import made
-
-STEPS = 3
 
 
 def policy(parity: str, **keys: Any) -> resilient.Policy:
@@ -26,36 +25,25 @@ def policy(parity: str, **keys: Any) -> resilient.Policy:
 
 
 def train_and_die(make: Callable[[], Job], url: str, folder: str, parity: str) -> None:
-    """Save some steps, each until it is safe in parity; then all ranks are killed in the step that follows."""
-    job = made(make, 1)
-    checkpointer = Checkpointer(url, job.state, policy(parity))
-    note_agent(checkpointer, folder)
-    for step in range(1, STEPS + 1):
-        job.step()
-        checkpointer.save(step).durable("parity").result(40)
-    rank = dist.get_rank()
-    torch.save(facts(job.state), f"{folder}/saved{rank}")
-    train(job, 1)
-    torch.save(facts(job.state), f"{folder}/later{rank}")
-    dist.barrier()
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    threading.Event().wait(60)  # until it is killed too
+    """As in `distributed_jobs`: each step until it is safe in parity."""
+    jobs.train_and_die(make, url, folder, policy(parity), "parity", partial(note_agent, folder=folder))
 
 
 def come_back(make: Callable[[], Job], url: str, folder: str, parity: str) -> list[str]:
-    """Restore what `train_and_die` saved and go on, protected again; the levels that the ranks' images came from."""
-    rank = dist.get_rank()
-    fresh = made(make, 2)
-    with checkpointing(Path(url), fresh, policy(parity)) as restored:
-        note_agent(restored, folder)
-        assert restored.restore() == STEPS
-        assert_same(torch.load(f"{folder}/saved{rank}", weights_only=False), facts(fresh.state))
-        train(fresh, 1)
-        assert_same(torch.load(f"{folder}/later{rank}", weights_only=False), facts(fresh.state))
-        restored.save(STEPS + 1).durable("parity").result(40)
-        assert restored.last_restore is not None
-        return list(restored.last_restore.levels.values())
+    """As in `distributed_jobs`, protected again; the levels that the ranks' images came from, in order."""
+    levels = jobs.come_back(make, url, folder, policy(parity), "parity", partial(note_agent, folder=folder))
+    return [levels[rank] for rank in sorted(levels)]
+
+
+def join_without_an_address(make: Callable[[], Job], url: str) -> str:
+    """Rank 1 cannot tell which of its addresses others reach; the error that each rank gets."""
+    if dist.get_rank() == 1:
+        os.environ["MASTER_ADDR"] = "255.255.255.255"  # nothing may be sent there
+    try:
+        Checkpointer(url, made(make, 1).state, policy("1+1"))
+    except LevelFailed as error:
+        return str(error)
+    raise AssertionError("it joined")
 
 
 def start_anew(make: Callable[[], Job], url: str, parity: str) -> int | None:

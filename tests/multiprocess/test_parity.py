@@ -90,3 +90,9 @@ def test_when_an_agent_is_lost_the_snapshots_after_it_are_protected_again(tmp_pa
 
 def test_a_byte_that_changed_in_memory_is_found_put_right_and_reported(tmp_path: Path) -> None:
     assert run(parity.damage_is_mended, 3, jobs.fsdp, str(tmp_path), nodes=("a", "b", "c")) == [True] * 3
+
+
+def test_a_rank_that_cannot_join_the_others_keeps_nobody_waiting(tmp_path: Path) -> None:
+    messages = run(parity.join_without_an_address, 2, jobs.own, str(tmp_path), nodes=("a", "b"), deadline_s=30)
+    assert all("set peer_address" in message for message in messages), messages
+    assert messages[0].startswith("rank 1: ")

@@ -2,11 +2,13 @@
 
 import errno
 import mmap
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,24 +144,44 @@ def test_an_error_of_the_iterator_is_not_taken_for_one_of_the_disk(store: FileSt
     assert os.listdir(Path(store.root) / "step_00000001") == []
 
 
-def test_writing_to_a_folder_while_others_empty_and_remove_it_always_works(store: FileStore) -> None:
-    other = FileStore(store.root)
-    stop = threading.Event()
-
-    def remove() -> None:
-        while not stop.is_set():
-            other.delete(["step_00000001/other"])
-
-    thread = threading.Thread(target=remove)
+def test_writing_to_a_folder_while_a_thread_empties_and_removes_it_always_works(store: FileStore) -> None:
+    started, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=remove_again_and_again, args=(store.root, started, stop))
     thread.start()
     try:
-        for number in range(100):
-            put(store, NAME, bytes([number]))
-            assert get(store, NAME) == bytes([number])
-            store.delete([NAME])
+        assert started.wait(60)
+        write_and_delete(store)
     finally:
         stop.set()
         thread.join()
+
+
+def test_writing_to_a_folder_while_a_process_empties_and_removes_it_always_works(store: FileStore) -> None:
+    context = multiprocessing.get_context("spawn")
+    started, stop = context.Event(), context.Event()
+    process = context.Process(target=remove_again_and_again, args=(store.root, started, stop))
+    process.start()
+    try:
+        assert started.wait(60)
+        write_and_delete(store)
+    finally:
+        stop.set()
+        process.join()
+
+
+def write_and_delete(store: FileStore) -> None:
+    for number in range(100):
+        put(store, NAME, bytes([number]))
+        assert get(store, NAME) == bytes([number])
+        store.delete([NAME])
+
+
+def remove_again_and_again(root: str, started: threading.Event, stop: threading.Event) -> None:
+    other = FileStore(root)
+    started.set()
+    while not stop.is_set():
+        other.delete(["step_00000001/other"])
+        time.sleep(0.0001)  # hundreds of times as often as anything real; without any pause nobody else could win
 
 
 def test_a_listing_does_not_follow_links_to_folders(store: FileStore) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient.checkpoint.peers.pacing import BURST_S, Pace, run_behind, yield_to_others
+from resilient.checkpoint.peers.pacing import BURST_S, Pace, yield_to_others
+from resilient.checkpoint.priority import run_behind
 
 
 class Clock:
