@@ -110,8 +110,8 @@ class Links:
         self._sockets = Sockets()
         self._closed = False
 
-    def set_addresses(self, addresses: Mapping[str, Address]) -> None:
-        """Whoever uses a link to an address that is not the peer's any more gets Broken."""
+    def set_addresses(self, addresses: Mapping[str, Address]) -> set[str]:
+        """Whoever uses a link to an address that is not the peer's any more gets Broken. Returns whose that were."""
         with self._lock:
             changed = {peer for peer, address in self._addresses.items() if addresses.get(peer) != address}
             self._addresses = dict(addresses)
@@ -119,6 +119,7 @@ class Links:
         self._sockets.interrupt(changed.__contains__)
         for link in idle:
             self._drop(link)
+        return changed
 
     def take(self, peer: str) -> Link:
         """A link for the caller alone, who gives it back. Raises Broken, LevelFailed. Blocks."""

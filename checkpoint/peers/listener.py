@@ -10,7 +10,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from resilient.checkpoint.agent.protocol import ProtocolError
 from resilient.checkpoint.digest import digest
@@ -85,6 +85,11 @@ class Listener:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(self._limit_s)
+
+    def interrupt(self, peers: Iterable[str]) -> None:
+        """Serve these no more where they were: what is lent to a host that was switched off is wanted back at once."""
+        labels = {_PEER + peer for peer in peers}
+        self._sockets.interrupt(labels.__contains__)
 
     def connections(self) -> int:
         """How many there are, those of strangers included."""

@@ -105,7 +105,7 @@ class TcpTransport(Transport):
         self._listener.close()
 
     def set_peers(self, peers: Mapping[str, Address]) -> None:
-        self._links.set_addresses(peers)
+        self._listener.interrupt(self._links.set_addresses(peers))
 
     def call(self, peer: str, message: Message) -> Message:
         body = message_text(message)

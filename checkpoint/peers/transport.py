@@ -58,7 +58,10 @@ class Transport(ABC):
 
     @abstractmethod
     def set_peers(self, peers: Mapping[str, Address]) -> None:
-        """Whom there is to talk to, and where. Connections to an address that changed are given up."""
+        """Whom there is to talk to, and where.
+
+        Connections with a peer that is left out, or whose address has changed, are given up, in both directions.
+        """
 
     @abstractmethod
     def call(self, peer: str, message: Message) -> Message:

@@ -145,6 +145,21 @@ with TcpTransport("beta", sys.argv[1], served, host="127.0.0.1") as transport:
 # Slow peers, and time limits
 
 
+def test_what_is_lent_to_a_peer_that_has_gone_comes_back_at_once(
+    nodes: Nodes, shelf: Shelf, eventually: Eventually
+) -> None:
+    shelf.held["image"] = bytearray(64 << 20)  # more than sockets hold
+    beta = nodes.start("beta", shelf)
+    alpha = nodes.start("alpha")
+    alpha.set_peers({"beta": beta.address})
+    beta.set_peers({"alpha": alpha.address})
+    reading = alpha.read("beta", [wanted("image", 0, 1), wanted("image", 0, 64 << 20)])
+    next(reading)  # and never the second
+    eventually(lambda: shelf.out == 1, "lent")
+    beta.set_peers({"gamma": alpha.address})
+    eventually(lambda: shelf.out == 0, "given back")
+
+
 def test_a_peer_that_is_slow_but_sends_is_waited_for(nodes: Nodes, shelf: Shelf) -> None:
     beta = nodes.start("beta", shelf, pace=Pace(400_000))
     alpha = nodes.start("alpha", limit_s=0.2, attempts=1)
