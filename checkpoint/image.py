@@ -74,6 +74,11 @@ def parse_header(head: bytes | memoryview, image_bytes: int, where: str) -> tupl
     return entries, 8 + length
 
 
+def data_start_of(head: bytes | memoryview) -> int:
+    """Where the data of an image begins, from its first 8 bytes."""
+    return 8 + int.from_bytes(head[:8], "little")
+
+
 def _entry(key: str, raw: dict[str, Any]) -> Entry:
     begin, end = raw["data_offsets"]
     return Entry(key, raw["dtype"], tuple(raw["shape"]), begin, end - begin)

@@ -1,6 +1,7 @@
 """How the parts of a snapshot are called, on every level.
 
     step_00000100/rank_00003-of-00008.safetensors     the image
+    step_00000100/rank_00003-of-00008.digests         the digests of its blocks of 64 KiB
     step_00000100/rank_00003-of-00008.json            its record, written last
 
 Names are relative to a level's root and use `/` everywhere. Pure functions; nothing here touches a disk.
@@ -19,6 +20,10 @@ def step_folder(step: int) -> str:
 
 def image_name(step: int, rank: int, world_size: int) -> str:
     return f"{step_folder(step)}/rank_{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def digests_name(step: int, rank: int, world_size: int) -> str:
+    return f"{step_folder(step)}/rank_{rank:05d}-of-{world_size:05d}.digests"
 
 
 def record_name(step: int, rank: int, world_size: int) -> str:

@@ -5,7 +5,7 @@ member is the digest of all the text that follows, so that a record edited by ha
 
     {"digest":"<32 hex>",
     "format":"resilient","version":1,"run_id":"..","life":"..","step":100,"rank":3,"world_size":8,"plan_digest":"..",
-    "image":{"name":"..","bytes":N,"block_bytes":4194304,"algorithm":"xxh3_128","blocks":["..",..],"encoding":null},
+    "image":{"name":"..","bytes":N,"block_bytes":4194304,"algorithm":"xxh3_128","blocks":["..",..],"encoding":null,"data_start":4096,"fine":"<32 hex>"},
     "software":{..},"pieces":[..]}
 
 `pieces` is text made once per plan (`checkpoint/plan.py`) and put in as it is; `docs/format.md` describes each member.
@@ -30,6 +30,8 @@ class Record:
     `life` tells one life of the job from the next: it changes whenever the ranks start anew, so that a step which two
     lives wrote, a part each, is not taken for one snapshot.
     `encoding` is None for raw bytes, or {"name": "zstd", ...} as `levels/frames.py` describes.
+    `data_start`: where the data of the image begins (None in records of before it was noted: its header says it).
+    `fine`: on a disk, the digest of the file with the digests of the image's blocks of 64 KiB (`names.digests_name`).
     `pieces_text` is the JSON text of the list of pieces, `pieces()` what it says.
     """
 
@@ -45,6 +47,8 @@ class Record:
     pieces_text: str = "[]"
     encoding: dict[str, Any] | None = None
     software: dict[str, str] = field(default_factory=dict)
+    data_start: int | None = None
+    fine: str | None = None
     parsed: list[dict[str, Any]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class Record:
                 "algorithm": ALGORITHM,
                 "blocks": list(self.blocks),
                 "encoding": self.encoding,
+                "data_start": self.data_start,
+                "fine": self.fine,
             },
             "software": self.software,
         }
@@ -113,6 +119,8 @@ def parse_record(text: str | bytes, where: str) -> Record:
         image_bytes=image["bytes"],
         blocks=tuple(image["blocks"]),
         encoding=image["encoding"],
+        data_start=image.get("data_start"),
+        fine=image.get("fine"),
         software=raw["software"],
         pieces_text=rest[rest.index('"pieces":') + len('"pieces":') : -2],
         parsed=raw["pieces"],

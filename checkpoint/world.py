@@ -49,7 +49,7 @@ class World:
         longest = int(max(size.item() for size in sizes))
         parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=self.group)
-        return [json.loads(bytes(part[: int(size.item())].tolist())) for part, size in zip(parts, sizes, strict=True)]
+        return [json.loads(part[: int(size.item())].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def together(self, work: Callable[[], T], otherwise: type[ResilientError] = RestoreError) -> T:
         """Do this rank's part; return when all ranks have done theirs, and raise on all if it failed on any.

@@ -17,6 +17,7 @@ from resilient.checkpoint.agent.protocol import Message, ProtocolError
 from resilient.checkpoint.agent.shelf import Shelf
 from resilient.checkpoint.agent.slots import Slot, Slots, SlotState
 from resilient.checkpoint.agent.snapshots import MEMORY, Snapshot, Snapshots, Tell
+from resilient.checkpoint.image import data_start_of
 from resilient.checkpoint.names import image_name
 from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import LevelFailed, OverBudget
@@ -213,6 +214,7 @@ class Images:
             pieces_text=fill.plan.pieces_text,
             software=fill.plan.software,
             life=fill.plan.life,
+            data_start=data_start_of(self._memory[slot.id].view),
         )
         snapshot.life = record.life
         self._records[slot.id] = record
@@ -376,14 +378,16 @@ class Images:
 
     def _reuse(self, rank: int, plan: Plan) -> None:
         """Put buffers that are there into the plan: those with images first, for they cannot be given back."""
-        there = [slot for slot in self.slots.of(rank) if slot.state is not SlotState.LOADING]
+        loading = SlotState.LOADING
+        there = [slot for slot in self.slots.of(rank) if slot.state is not loading and not self._is_foreign(slot)]
         fitting = [slot for slot in there if slot.capacity >= plan.capacity]
         fitting.sort(key=lambda each: (each.state is SlotState.FREE, each.capacity))
         total = self._bytes_of(rank, without_free=True)
+        limit = plan.budget_bytes + plan.slots * PAGE_BYTES
         for slot in fitting[: plan.slots]:
             if slot.state is SlotState.FREE:
-                if total + slot.capacity > plan.budget_bytes + plan.slots * PAGE_BYTES:
-                    continue
+                if total + slot.capacity > limit or slot.capacity * plan.slots > limit:
+                    continue  # so large that the others would not fit beside it
                 total += slot.capacity
             slot.planned = True
 
@@ -424,8 +428,16 @@ class Images:
         self._memory.pop(slot.id).drop()
 
     def _bytes_of(self, rank: int, *, without_free: bool = False) -> int:
-        slots = self.slots.of(rank)
+        slots = [slot for slot in self.slots.of(rank) if not self._is_foreign(slot)]
         return sum(slot.capacity for slot in slots if not (without_free and slot.state is SlotState.FREE))
+
+    def _is_foreign(self, slot: Slot) -> bool:
+        """Whether it holds an image of a job with another number of ranks.
+
+        Such a job has gone on from it, and it stays until a snapshot of the new job is complete; meanwhile it is
+        beyond the budget, for larger than a rank's own it could leave no room for the first of these.
+        """
+        return slot.snapshot is not None and slot.snapshot.world_size not in (0, self.snapshots.world_size)
 
     def _tell_free(self, slot: Slot) -> None:
         if slot.planned:

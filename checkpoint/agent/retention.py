@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from resilient.checkpoint.names import complete_steps, step_of
 
-_OURS = re.compile(r"^step_\d{8,}/(?:rank_(\d{5,})-of-\d{5,}\.(?:json|safetensors)|catalog\.json)$")
+_OURS = re.compile(r"^step_\d{8,}/(?:rank_(\d{5,})-of-\d{5,}\.(?:json|safetensors|digests)|catalog\.json)$")
 _NEWER_COMPLETE = 2
 
 

@@ -9,14 +9,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from resilient.checkpoint.catalog.table import PieceTable
+from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, PieceTable
 from resilient.errors import DamagedImage, NewerFormat
 
 VERSION = 1
+_MOST_ELEMENTS = 1 << 60
 Kind = Literal["parameter", "buffer", "transient", "optimizer", "tensor"]
 ITEMSIZES = {
     **dict.fromkeys(("complex128",), 16),
@@ -64,12 +65,21 @@ class Tensor:
 
     def problem(self) -> str | None:
         """Why the pieces are not the tensor; None where they are."""
-        have = self.pieces.numel
-        if have != self.numel:
-            return f"tensor {self.name!r} of shape {self.shape}: its pieces have {have} of {self.numel} elements"
-        ends = self.pieces.offsets + self.pieces.sizes
-        if (self.pieces.offsets < 0).any() or (ends > np.array(self.shape, dtype=np.int64)).any():
-            return f"tensor {self.name!r} of shape {self.shape}: a piece of it lies outside"
+        table, where = self.pieces, f"tensor {self.name!r} of shape {self.shape}"
+        if table.dims != len(self.shape):
+            return f"{where}: its pieces have {table.dims} dimensions"
+        if any(size < 0 for size in self.shape) or self.numel > _MOST_ELEMENTS:
+            return f"{where}: there is no such shape"
+        if table.numel != self.numel:
+            return f"{where}: its pieces have {table.numel} of {self.numel} elements"
+        rows, d = table.corners, table.dims
+        at, sizes = rows[:, BOX : BOX + d], rows[:, BOX + d : BOX + 2 * d]
+        if (at < 0).any() or (sizes < 0).any() or (at + sizes > np.array(self.shape, dtype=np.int64)).any():
+            return f"{where}: a piece of it lies outside"
+        if (rows[:, START] < 0).any() or (rows[:, STOP] < rows[:, START]).any():
+            return f"{where}: a piece of it ends before it begins"
+        if (rows[:, STOP] > sizes.prod(axis=1)).any() or (rows[:, [FILE, OFFSET]] < 0).any():
+            return f"{where}: a piece of it is more than its box, or lies before its file"
         return None
 
 
@@ -165,28 +175,45 @@ class Catalog:
 def parse_catalog(text: str | bytes, where: str) -> Catalog:
     """What `Catalog.text` gave. Raises DamagedImage, NewerFormat."""
     try:
-        raw = json.loads(text)
+        raw = json.loads(text, object_pairs_hook=_without_twice)
         if raw["format"] != "resilient.catalog":
             raise ValueError("it is no catalog")
         if raw["version"] != VERSION:
             raise NewerFormat(f"{where} has catalog version {raw['version']}; this library reads {VERSION}: upgrade it")
         catalog = Catalog(
             format=raw["source"],
-            files=[File(*file) for file in raw["files"]],
+            files=[_file_of(*file) for file in raw["files"]],
             aliases=raw["aliases"],
-            own={
-                name: {int(rank): _tensor_of(one) for rank, one in ranks.items()} for name, ranks in raw["own"].items()
-            },
             groups=raw["groups"],
             step=raw["step"],
             world_size=raw["world_size"],
             notes=raw["notes"],
         )
         for one in raw["tensors"]:
-            catalog.add(_tensor_of(one))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+            catalog.add(_tensor_of(one, len(catalog.files)))
+        for name, ranks in raw["own"].items():
+            catalog.own[name] = {int(rank): _tensor_of(one, len(catalog.files)) for rank, one in ranks.items()}
+            for problem in filter(None, (tensor.problem() for tensor in catalog.own[name].values())):
+                raise DamagedImage(problem)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise DamagedImage(f"{where} is no whole catalog ({type(error).__name__}: {error})") from error
     return catalog
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _file_of(name: Any, nbytes: Any) -> File:
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file within the checkpoint")
+    if type(nbytes) is not int or nbytes < 0:
+        raise ValueError(f"file {name!r} has {nbytes!r} bytes")
+    return File(name, nbytes)
 
 
 def _tensor_json(tensor: Tensor) -> dict[str, Any]:
@@ -203,10 +230,18 @@ def _tensor_json(tensor: Tensor) -> dict[str, Any]:
     return raw
 
 
-def _tensor_of(raw: Mapping[str, Any]) -> Tensor:
-    shape = tuple(raw["shape"])
-    return Tensor(
-        name=raw["name"],
+def _tensor_of(raw: Mapping[str, Any], files: int) -> Tensor:
+    """Raises ValueError and its like for what is no tensor, DamagedImage for files that are not there."""
+    shape, name = tuple(raw["shape"]), raw["name"]
+    texts = [name, raw["item"], raw.get("parameter", ""), raw.get("state", "")]
+    if not name or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a tensor is called {texts}")
+    if raw["kind"] not in get_args(Kind) or raw["dtype"] not in ITEMSIZES:
+        raise ValueError(f"{name!r} is a {raw['kind']!r} of {raw['dtype']!r}")
+    if not all(type(size) is int for size in shape):
+        raise ValueError(f"{name!r} has the shape {shape}")
+    tensor = Tensor(
+        name=name,
         kind=raw["kind"],
         dtype=raw["dtype"],
         shape=shape,
@@ -215,3 +250,6 @@ def _tensor_of(raw: Mapping[str, Any]) -> Tensor:
         parameter=raw.get("parameter", ""),
         state=raw.get("state", ""),
     )
+    if (tensor.pieces.corners[:, FILE] >= files).any():
+        raise DamagedImage(f"a piece of {name!r} is in a file that the checkpoint has not")
+    return tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resilient.checkpoint.catalog.catalog import Tensor
-from resilient.checkpoint.catalog.table import FILE, OFFSET, START, STOP, row_major
+from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, Rows, row_major
 from resilient.errors import DamagedImage
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -65,9 +65,10 @@ def parts_of(tensor: Tensor, offsets: Sequence[int] | None = None, sizes: Sequen
     wanted = math.prod(extent)
     if not wanted:
         return []
-    parts = list(_meeting(tensor, begin, extent))
+    rows = tensor.pieces.meeting(begin, extent)
+    parts = _parts(rows, tensor, begin, extent)
     have = sum(part.numel for part in parts)
-    if have != wanted or (len(parts) > 1 and _overlap(parts)):
+    if have != wanted or (len(rows) > 1 and _overlap(rows, tensor.pieces.dims)):
         raise DamagedImage(
             f"tensor {tensor.name!r}: the checkpoint has {have} of the {wanted} elements at {begin} with sizes "
             f"{extent}, or has some of them twice"
@@ -75,20 +76,48 @@ def parts_of(tensor: Tensor, offsets: Sequence[int] | None = None, sizes: Sequen
     return parts
 
 
-def _meeting(tensor: Tensor, begin: tuple[int, ...], extent: tuple[int, ...]) -> Iterator[Part]:
-    table, itemsize = tensor.pieces, tensor.itemsize
-    low = np.maximum(table.offsets, np.array(begin, dtype=np.int64))
-    high = np.minimum(table.offsets + table.sizes, np.array(begin, dtype=np.int64) + np.array(extent, dtype=np.int64))
-    rows = table.rows[np.all(high > low, axis=1)]
-    d = table.dims
-    for row in rows.tolist():
-        at, size, stride = (tuple(row[4 + d * n : 4 + d * (n + 1)]) for n in range(3))
-        origin = row[OFFSET] - row[START] * itemsize  # where the box would begin, were all of it here
-        for inner_at, inner_size in boxes_of_range(row[START], row[STOP], size):
-            in_tensor = tuple(a + b for a, b in zip(at, inner_at, strict=True))
-            found = intersect((in_tensor, inner_size), (begin, extent))
-            if found is None:
-                continue
+def _parts(rows: Rows, tensor: Tensor, begin: tuple[int, ...], extent: tuple[int, ...]) -> list[Part]:
+    d, itemsize = tensor.pieces.dims, tensor.itemsize
+    rows = _with_whole_rows_as_boxes(rows, d)
+    at, sizes, strides = (rows[:, BOX + d * n : BOX + d * (n + 1)] for n in range(3))
+    whole = (rows[:, START] == 0) & (rows[:, STOP] == sizes.prod(axis=1))
+    low = np.maximum(at, np.array(begin, dtype=np.int64))
+    high = np.minimum(at + sizes, np.array(begin, dtype=np.int64) + np.array(extent, dtype=np.int64))
+    whole &= np.all(high > low, axis=1)
+    first = rows[:, OFFSET] + ((low - at) * strides).sum(axis=1) * itemsize
+    columns = rows[:, FILE], first, strides * itemsize, low, high - low
+    chosen = (column[whole].tolist() for column in columns)
+    parts = [
+        Part(file, offset, tuple(step), tuple(where), tuple(size))
+        for file, offset, step, where, size in zip(*chosen, strict=True)
+    ]
+    for row in rows[~whole].tolist():
+        parts += _parts_of_range(row, d, itemsize, (begin, extent))
+    return parts
+
+
+def _with_whole_rows_as_boxes(rows: Rows, d: int) -> Rows:
+    """A flat range that is some of its box's rows, to the element, is a box; most of the ranges of ZeRO are."""
+    if not d or not len(rows):
+        return rows
+    row = np.maximum(rows[:, BOX + d + 1 : BOX + 2 * d].prod(axis=1), 1)
+    aligned = (rows[:, START] % row == 0) & (rows[:, STOP] % row == 0) & (rows[:, STOP] > rows[:, START])
+    rows = rows.copy()
+    first, numel = rows[:, START] // row, rows[:, STOP] - rows[:, START]
+    rows[:, BOX] += np.where(aligned, first, 0)
+    rows[:, BOX + d] = np.where(aligned, numel // row, rows[:, BOX + d])
+    rows[:, START] = np.where(aligned, 0, rows[:, START])
+    rows[:, STOP] = np.where(aligned, numel, rows[:, STOP])
+    return rows
+
+
+def _parts_of_range(row: Sequence[int], d: int, itemsize: int, box: Box) -> Iterator[Part]:
+    at, size, stride = (tuple(row[BOX + d * n : BOX + d * (n + 1)]) for n in range(3))
+    origin = row[OFFSET] - row[START] * itemsize  # where the box would begin, were all of it here
+    for inner_at, inner_size in boxes_of_range(row[START], row[STOP], size):
+        in_tensor = tuple(a + b for a, b in zip(at, inner_at, strict=True))
+        found = intersect((in_tensor, inner_size), box)
+        if found is not None:
             first = sum((x - a) * s for x, a, s in zip(found[0], at, stride, strict=True))
             yield Part(row[FILE], origin + first * itemsize, tuple(s * itemsize for s in stride), *found)
 
@@ -130,10 +159,33 @@ def _in_row(number: int, boxes: list[Box]) -> list[Box]:
     return [((number, *at), (1, *size)) for at, size in boxes]
 
 
-def _overlap(parts: Sequence[Part]) -> bool:
-    """Whether two parts share an element. A sweep along the dimension that has the most different offsets."""
-    at = np.array([part.offsets for part in parts], dtype=np.int64)
-    ends = at + np.array([part.sizes for part in parts], dtype=np.int64)
+def _overlap(rows: Rows, dims: int) -> bool:
+    """Whether two pieces share an element: two ranges of one box, or two boxes."""
+    columns = [rows[:, START], *(rows[:, BOX + n] for n in reversed(range(2 * dims)))]
+    rows = rows[np.lexsort(columns)]
+    boxes = rows[:, BOX : BOX + 2 * dims]
+    same = np.all(boxes[1:] == boxes[:-1], axis=1)
+    if np.any(same & (rows[1:, START] < rows[:-1, STOP])):
+        return True
+    boxes = boxes[np.concatenate([[True], ~same])]
+    return len(boxes) > 1 and _boxes_overlap(boxes[:, :dims], boxes[:, :dims] + boxes[:, dims:])
+
+
+def _boxes_overlap(at: Rows, ends: Rows) -> bool:
+    """Of different boxes. In a grid different ones never do; else a sweep."""
+    cells = np.zeros(len(at), dtype=np.int64)
+    for dim in range(at.shape[1]):
+        begins, number = np.unique(at[:, dim], return_inverse=True)
+        reach = np.zeros(len(begins), dtype=np.int64)
+        np.maximum.at(reach, number, ends[:, dim])
+        if np.any(reach[:-1] > begins[1:]):
+            return _swept(at, ends)
+        _, cells = np.unique(cells * len(begins) + number, return_inverse=True)
+    return len(np.unique(cells)) < len(cells)
+
+
+def _swept(at: Rows, ends: Rows) -> bool:
+    """Along the dimension that has the most different offsets, each box is compared with those that begin within."""
     dim = max(range(at.shape[1]), key=lambda d: len(np.unique(at[:, d])))
     order = np.argsort(at[:, dim], kind="stable")
     at, ends = at[order], ends[order]

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from resilient.checkpoint.catalog.lattice import Block, Rows, clipped, fold, parse_block
 from resilient.checkpoint.pieces import Piece
 
-Rows = NDArray[np.int64]
+__all__ = ["BOX", "FILE", "OFFSET", "START", "STOP", "PieceTable", "Rows", "StoredPiece", "row_major"]
+
 FILE, OFFSET, START, STOP, BOX = range(5)  # columns; from BOX on: offsets, sizes and strides, one number a dimension
+_MOST_CLIPPED = 8  # bases of a block that are looked at one by one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +40,15 @@ def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 class PieceTable:
-    """The pieces of one tensor of `dims` dimensions. Immutable; `rows` is not to be changed."""
+    """The pieces of one tensor of `dims` dimensions. Immutable.
+
+    It is kept as it came: as rows, or, from a catalog's text, as lattices that are unfolded where they are needed.
+    """
 
     def __init__(self, dims: int, rows: Rows) -> None:
         """`rows`: int64 [pieces, 4 + 3 * dims]."""
         self.dims = dims
-        self.rows = rows.reshape(-1, BOX + 3 * dims)
+        self._blocks = [Block(rows.reshape(-1, BOX + 3 * dims))]
 
     @classmethod
     def of(cls, pieces: Iterable[StoredPiece]) -> "PieceTable":
@@ -53,7 +58,7 @@ class PieceTable:
         return cls(len(found[0].piece.shape), np.array(rows, dtype=np.int64))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return sum(len(block.bases) * block.times for block in self._blocks)
 
     def pieces(self, shape: tuple[int, ...]) -> Iterator[StoredPiece]:
         """The rows as objects; slow for very many."""
@@ -64,31 +69,88 @@ class PieceTable:
             yield StoredPiece(piece=piece, file=row[FILE], offset=row[OFFSET], strides=strides)
 
     @property
-    def offsets(self) -> Rows:
-        return self.rows[:, BOX : BOX + self.dims]
+    def rows(self) -> Rows:
+        """All rows, not to be changed. Of lattices they are made anew each time."""
+        if len(self._blocks) == 1:
+            return self._blocks[0].unfold()
+        return np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *(one.unfold() for one in self._blocks)])
 
     @property
-    def sizes(self) -> Rows:
-        return self.rows[:, BOX + self.dims : BOX + 2 * self.dims]
-
-    @property
-    def strides(self) -> Rows:
-        return self.rows[:, BOX + 2 * self.dims :]
+    def corners(self) -> Rows:
+        """Rows between which, number by number, all others lie: enough to see whether any is out of bounds."""
+        return np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *(one.corners() for one in self._blocks)])
 
     @property
     def numel(self) -> int:
         """Elements of all pieces together."""
-        return int((self.rows[:, STOP] - self.rows[:, START]).sum())
+        return sum(block.total(STOP) - block.total(START) for block in self._blocks)
+
+    def meeting(self, begin: Sequence[int], extent: Sequence[int]) -> Rows:
+        """The rows that share elements with a box that has some, and of flat ranges hardly any others besides."""
+        found = [_meeting(rows, self.dims, begin, extent) for rows in self._candidates(begin, extent)]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *found])
 
     def to_json(self) -> list[Any]:
-        """A list of lattices, each `[row, [[count, steps], ...]]`, the innermost axis first."""
-        return [[base, axes] for base, axes in _fold(self.rows)]
+        """A list of lattices, each `[[row, ...], [[count, steps], ...]]`, the innermost axis first."""
+        return [block.to_json() for one in self._blocks for block in ([one] if one.axes else fold(one.bases))]
 
     @classmethod
     def from_json(cls, dims: int, lattices: Sequence[Any]) -> "PieceTable":
         """What `to_json` gave. Raises ValueError for anything else."""
-        parts = [_unfold(base, axes) for base, axes in lattices]
-        return cls(dims, np.concatenate(parts) if parts else np.empty((0, BOX + 3 * dims), np.int64))
+        table = cls(dims, np.empty((0, BOX + 3 * dims), np.int64))
+        table._blocks = [parse_block(raw, BOX + 3 * dims) for raw in lattices]
+        return table
+
+    def _candidates(self, begin: Sequence[int], extent: Sequence[int]) -> Iterator[Rows]:
+        """Rows of which all may be wanted that are: of lattices only what is near."""
+        for block in self._blocks:
+            if len(block.bases) > _MOST_CLIPPED or not block.axes:
+                yield block.unfold()
+                continue
+            for base in block.bases.tolist():
+                found = clipped(base, block.axes, self._bounds(base, block, begin, extent))
+                if found is not None:
+                    yield Block(np.array([found[0]], dtype=np.int64), found[1]).unfold()
+
+    def _bounds(
+        self, base: Sequence[int], block: Block, begin: Sequence[int], extent: Sequence[int]
+    ) -> list[tuple[list[int], list[int], int, int]]:
+        """What `clipped` is to look at: the box along each dimension, and, where all have one box, the flat range."""
+        d = self.dims
+        found = []
+        for dim, (at, size) in enumerate(zip(begin, extent, strict=True)):
+            low, high = [0] * len(base), [0] * len(base)
+            low[BOX + dim] = high[BOX + dim] = high[BOX + d + dim] = 1
+            found.append((low, high, at, at + size))
+        if d and not any(any(steps[BOX : BOX + 2 * d]) for _, steps in block.axes):
+            low, high = [0] * len(base), [0] * len(base)
+            low[START] = high[STOP] = 1
+            row = np.array([base], dtype=np.int64)
+            first, last = (int(one[0]) for one in _flat(row, d, begin, extent))
+            found.append((low, high, first, last + 1))
+        return found
+
+
+def _flat(rows: Rows, dims: int, begin: Sequence[int], extent: Sequence[int]) -> tuple[Rows, Rows]:
+    """Of what each row's box shares with a box: the first and the last element, row-major in the row's."""
+    offsets, sizes = rows[:, BOX : BOX + dims], rows[:, BOX + dims : BOX + 2 * dims]
+    low = np.maximum(offsets, np.array(begin, dtype=np.int64)) - offsets
+    high = np.minimum(offsets + sizes, np.array(begin, dtype=np.int64) + np.array(extent, dtype=np.int64)) - offsets
+    first, last = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    for dim in range(dims):
+        first = first * sizes[:, dim] + low[:, dim]
+        last = last * sizes[:, dim] + high[:, dim] - 1
+    return first, last
+
+
+def _meeting(rows: Rows, dims: int, begin: Sequence[int], extent: Sequence[int]) -> Rows:
+    at = np.array(begin, dtype=np.int64)
+    offsets, sizes = rows[:, BOX : BOX + dims], rows[:, BOX + dims : BOX + 2 * dims]
+    rows = rows[np.all((offsets < at + np.array(extent, dtype=np.int64)) & (offsets + sizes > at), axis=1)]
+    if not len(rows):
+        return rows
+    first, last = _flat(rows, dims, begin, extent)
+    return rows[(rows[:, START] <= last) & (rows[:, STOP] > first)]
 
 
 def _row(one: StoredPiece) -> list[int]:
@@ -97,62 +159,3 @@ def _row(one: StoredPiece) -> list[int]:
     if not piece.is_box and strides != row_major(piece.sizes):
         raise ValueError(f"a part of a box is stored row-major, not with strides {strides}")
     return [one.file, one.offset, piece.start, piece.stop, *piece.offsets, *piece.sizes, *strides]
-
-
-_Axes = tuple[tuple[int, tuple[int, ...]], ...]
-
-
-def _fold(rows: Rows) -> list[tuple[list[int], list[list[Any]]]]:
-    """Lattices that unfold, one after the other, to the rows in their order."""
-    items: list[tuple[Rows, _Axes]] = [(rows, ())]  # base rows that have the same axes
-    while True:
-        folded: list[tuple[Rows, _Axes]] = []
-        for bases, axes in items:
-            folded += _fold_once(bases, axes)
-        joined = _join(folded)
-        if sum(len(bases) for bases, _ in joined) == sum(len(bases) for bases, _ in items):
-            break
-        items = joined
-    return [
-        (base, [[count, list(steps)] for count, steps in axes]) for bases, axes in joined for base in bases.tolist()
-    ]
-
-
-def _fold_once(bases: Rows, axes: _Axes) -> list[tuple[Rows, _Axes]]:
-    """Runs of rows that go up by equal steps, each as its first row and one more axis."""
-    steps = np.diff(bases, axis=0)
-    ends = np.flatnonzero(np.any(steps[1:] != steps[:-1], axis=1)) + 2  # behind the last row of a run of equal steps
-    found: list[tuple[Rows, _Axes]] = []
-    begin, count = 0, len(bases)
-    while begin < count:
-        later = np.searchsorted(ends, begin + 2)
-        end = int(ends[later]) if later < len(ends) else count
-        if begin + 1 == count:
-            found.append((bases[begin:], axes))
-            break
-        if end - begin == 2 and end < count and (not found or found[-1][1] == axes):
-            end = begin + 1  # two rows always have "equal steps": the second may begin a longer run
-        length = end - begin
-        axis = ((length, tuple(steps[begin].tolist())),) if length > 1 else ()
-        found.append((bases[begin : begin + 1], axes + axis))
-        begin = end
-    return found
-
-
-def _join(items: Sequence[tuple[Rows, _Axes]]) -> list[tuple[Rows, _Axes]]:
-    """Neighbours with the same axes together."""
-    groups: list[tuple[list[Rows], _Axes]] = []
-    for bases, axes in items:
-        if groups and groups[-1][1] == axes:
-            groups[-1][0].append(bases)
-        else:
-            groups.append(([bases], axes))
-    return [(np.concatenate(parts), axes) for parts, axes in groups]
-
-
-def _unfold(base: Sequence[int], axes: Sequence[Any]) -> Rows:
-    rows = np.array([base], dtype=np.int64)
-    for count, steps in axes:
-        grow = np.arange(count, dtype=np.int64)[:, None, None] * np.array(steps, dtype=np.int64)
-        rows = (rows[None] + grow).reshape(-1, rows.shape[1])
-    return rows

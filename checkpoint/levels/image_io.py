@@ -1,4 +1,4 @@
-"""How an image and its record are kept on a store: the image first, the record last, ranges read back.
+"""How an image and its record are kept on a store: the image first, then its fine digests, the record last.
 
 The record's presence says that the image is there (law 3), so a write that ends early leaves nothing that counts.
 Bytes are not verified here: `record.blocks` has the digests, and whoever reads checks them against the raw bytes.
@@ -9,9 +9,10 @@ import errno
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
+from resilient.checkpoint.digest import FINE_BYTES, FINE_DIGEST_BYTES, FineDigests, digest
 from resilient.checkpoint.levels import frames
 from resilient.checkpoint.levels.store import Store
-from resilient.checkpoint.names import image_name, record_name
+from resilient.checkpoint.names import digests_name, image_name, record_name
 from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import DamagedImage, LevelFailed, PolicyError
 
@@ -35,7 +36,8 @@ def write_image(
     """
     if compression not in COMPRESSIONS:
         raise PolicyError(f"compression {compression!r} is unknown; use one of {COMPRESSIONS}")
-    raw = _watched(chunks(), record, store.url, cancelled)
+    fine = FineDigests()
+    raw = _watched(chunks(), record, store.url, cancelled, fine)
     if compression is None:
         stored = replace(record, encoding=None)
         store.write(record.image_name, raw)
@@ -43,7 +45,10 @@ def write_image(
         compressed = frames.compress_frames(raw)
         store.write(record.image_name, compressed)
         stored = replace(record, encoding=compressed.encoding())
+    digests = fine.finish()
+    stored = replace(stored, fine=digest(digests))
     _check(cancelled, record, store.url)
+    store.write(digests_name(record.step, record.rank, record.world_size), [memoryview(digests)])
     text = stored.text().encode()
     store.write(record_name(record.step, record.rank, record.world_size), [memoryview(text)])
     return stored
@@ -70,6 +75,22 @@ def read_record(store: Store, step: int, rank: int, world_size: int) -> Record:
     return record
 
 
+def read_fine_digests(store: Store, record: Record) -> bytes | None:
+    """The digests of an image's blocks of 64 KiB, 16 bytes each; None where none were kept. Blocks; any thread.
+
+    Raises DamagedImage, FileNotFoundError, LevelFailed.
+    """
+    if record.fine is None:
+        return None
+    name = digests_name(record.step, record.rank, record.world_size)
+    found = bytearray(store.size(name))
+    store.read(name, 0, memoryview(found))
+    expected = -(-record.image_bytes // FINE_BYTES) * FINE_DIGEST_BYTES
+    if len(found) != expected or digest(bytes(found)) != record.fine:
+        raise DamagedImage(f"{store.url}/{name} was changed after it was written: its digest does not match")
+    return bytes(found)
+
+
 def read_image_range(store: Store, record: Record, offset: int, into: memoryview) -> None:
     """Fill `into` with the image's raw bytes from `offset`, whatever its encoding. Blocks; verifies no digest.
 
@@ -94,13 +115,14 @@ def chunks_of(view: memoryview, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memo
 
 
 def _watched(
-    chunks: Iterable[memoryview], record: Record, url: str, cancelled: Callable[[], bool]
+    chunks: Iterable[memoryview], record: Record, url: str, cancelled: Callable[[], bool], fine: FineDigests
 ) -> Iterator[memoryview]:
-    """The chunks, with a look at `cancelled` before each and a count at the end."""
+    """The chunks, with a look at `cancelled` before each, their fine digests, and a count at the end."""
     given = 0
     for chunk in chunks:
         _check(cancelled, record, url)
         given += memoryview(chunk).nbytes
+        fine.update(memoryview(chunk).cast("B"))
         yield chunk
     assert given == record.image_bytes, f"{record.image_name}: {given} bytes given, {record.image_bytes} recorded"
 

@@ -83,6 +83,7 @@ def sealed_of(record: Record) -> Sealed:
             "image_name": record.image_name,
             "encoding": record.encoding,
             "software": record.software,
+            "data_start": record.data_start,
         },
     )
 
@@ -104,6 +105,7 @@ def record_of(sealed: Sealed, pieces_text: str) -> Record:
         pieces_text=pieces_text,
         encoding=head["encoding"],
         software=head["software"],
+        data_start=head["data_start"],
     )
 
 

@@ -2,11 +2,12 @@
 
 Stages: `propose` checks that the images fit the state and overwrites nothing → `Proposal.install` gives optimizers the
 state tensors that they lack → `scatter.py` fills the ranges, block by block → `extras.py` does the rest.
-Same world size: a tensor's ranges are found by name and box over the images of the ranks that it is shared with.
+Same world size: a tensor's ranges are found by name and box over the images of the ranks that it is shared with. For
+jobs of another size `reshaped.py` has another catalog.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from resilient.checkpoint.extras import columns_by_parameter
 from resilient.checkpoint.leaves import Leaf, Leaves, place_of
 from resilient.checkpoint.pieces import Piece
+from resilient.checkpoint.restore.boxes import BoxRange
 from resilient.checkpoint.restore.images import Stored
 from resilient.checkpoint.restore.scatter import Range
 from resilient.errors import LayoutMismatch
@@ -56,6 +58,10 @@ class Catalog:
             if first.kind == "optimizer" and first.key.startswith(f"{item}.state."):
                 found.setdefault(first.parameter, {})[first.name] = pieces
         return found
+
+    def ranges(self, key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> Sequence[Range | BoxRange]:
+        """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor, where they do not cover it."""
+        return ranges_of(key, local, box, pieces)
 
     def find(self, leaf: Leaf) -> list[Stored]:
         """The pieces from which a tensor can be restored. Other groups of ranks may have another of the same name."""
@@ -96,8 +102,13 @@ def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list
 class Proposal:
     """All that a restore will do to the tensors of the state, checked. Nothing has changed yet."""
 
-    ranges: list[Range] = field(default_factory=list)
+    ranges: list[Range | BoxRange] = field(default_factory=list)
     states: list[tuple[Optimizer, Any, dict[Any, Any]]] = field(default_factory=list)  # key of its state, new contents
+
+    @property
+    def flat(self) -> list[Range]:
+        """The ranges of a job that is cut as the one was that made the snapshot: all of them, or none."""
+        return [span for span in self.ranges if isinstance(span, Range)]
 
     def install(self) -> None:
         """Give the optimizers' states their new contents; the tensors in them are filled by the ranges."""
@@ -146,9 +157,9 @@ def _check_objects(state: Mapping[str, object], objects: Mapping[str, Any]) -> N
             raise LayoutMismatch(f"state[{item!r}] is an optimizer, and was none when the snapshot was made")
 
 
-def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> list[Range]:
+def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> Sequence[Range | BoxRange]:
     try:
-        ranges = ranges_of(leaf.key, leaf.local, leaf.box, catalog.find(leaf))
+        ranges = catalog.ranges(leaf.key, leaf.local, leaf.box, catalog.find(leaf))
     except LayoutMismatch as error:
         if leaf.persistent:
             raise
@@ -157,7 +168,7 @@ def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> list[Range]:
     if _overlaps(leaf.local):
         # An expanded tensor: its elements may have values of their own now.
         leaf.tensor.data = leaf.tensor.data.clone(memory_format=torch.contiguous_format)
-        ranges = ranges_of(leaf.key, leaf.tensor.detach(), leaf.box, catalog.find(leaf))
+        ranges = catalog.ranges(leaf.key, leaf.tensor.detach(), leaf.box, catalog.find(leaf))
     return ranges
 
 
@@ -189,16 +200,16 @@ def _propose_optimizer(
             usable = catalog.shared_with(() if pieces[0].own else parameter.group, pieces)
             if usable:
                 contents[name] = tensor = _tensor_for(usable[0], parameter, live.get(name), made.get(key, {}).get(name))
-                proposal.ranges += _ranges_of_state(usable, tensor)
+                proposal.ranges += _ranges_of_state(catalog, usable, tensor)
         proposal.states.append((optimizer, parameter.tensor, contents))
     for key, contents in values.get("others", {}).items():
         proposal.states.append((optimizer, key, contents))
 
 
-def _ranges_of_state(pieces: list[Stored], tensor: Tensor) -> list[Range]:
+def _ranges_of_state(catalog: Catalog, pieces: list[Stored], tensor: Tensor) -> Sequence[Range | BoxRange]:
     if isinstance(tensor, DTensor):
-        return ranges_of(pieces[0].key, tensor._local_tensor.detach(), place_of(tensor).box, pieces)
-    return ranges_of(pieces[0].key, tensor.detach(), Piece.whole(tensor.shape), pieces)
+        return catalog.ranges(pieces[0].key, tensor._local_tensor.detach(), place_of(tensor).box, pieces)
+    return catalog.ranges(pieces[0].key, tensor.detach(), Piece.whole(tensor.shape), pieces)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

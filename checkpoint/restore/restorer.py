@@ -29,6 +29,7 @@ from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, decide
 from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
 from resilient.checkpoint.restore.load import Catalog, Proposal, propose
+from resilient.checkpoint.restore.reshape import Reshaper
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
 from resilient.checkpoint.world import World
@@ -43,7 +44,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """What a restore did. `levels[r]` is where rank r's image came from; `seconds` from the call to the end."""
+    """What a restore did. `levels[r]` is where the image came from of rank r of the job that made the snapshot;
+    `seconds` from the call to the end. `read_bytes`: what was read of images for it; None where they were read whole.
+    """
 
     step: int
     levels: dict[int, str]
@@ -51,6 +54,7 @@ class Restored:
     seconds: float
     bytes: int
     notes: tuple[str, ...] = ()
+    read_bytes: int | None = None
 
 
 class Restorer:
@@ -104,9 +108,15 @@ class Restorer:
         damaged: Damaged = frozenset()
         while True:  # bounded: each turn adds to `damaged`, of which there are finitely many
             decision = decide(facts, damaged)
-            if decision.action != "restore":
+            if decision.action not in ("restore", "reshape"):
                 self._refuse_or_say_nothing_is_there(decision)
                 return None
+            if decision.action == "reshape":
+                restored, found = self._reshape(decision, extras, began)
+                if restored is not None:
+                    return restored
+                damaged |= found
+                continue
             with ExitStack() as opened:
                 opened.callback(self._let_go)
                 image, found = self._open_everywhere(decision, opened)
@@ -120,10 +130,36 @@ class Restorer:
                             levels=dict(enumerate(decision.levels)),
                             reason=decision.reason,
                             seconds=time.perf_counter() - began,
-                            bytes=sum(span.nbytes for span in proposal.ranges),
+                            bytes=sum(span.nbytes for span in proposal.flat),
                             notes=tuple(notes),
                         )
             damaged |= found
+
+    def _reshape(self, decision: Decision, extras: Extras, began: float) -> tuple[Restored | None, Damaged]:
+        """Take what this job needs of a snapshot that a job of another size has made."""
+        with ExitStack() as opened:
+            reshaper = Reshaper(self._client, self._world, self._state, self._found, self._stores, decision, opened)
+            done, damaged = reshaper.run(extras, fresh=self._fresh)
+        self._mixed = self._mixed or (reshaper.touched and bool(damaged))
+        if done is None:
+            return None, damaged
+        levels = {rank: place.level for rank, place in enumerate(decision.places)}
+        if "memory" not in levels.values():
+            self._keep()
+        if self._world.rank == 0:
+            _log.info("restored: %s", decision.reason)
+        for note in done.notes:
+            _log.warning("rank %d: %s", self._world.rank, note)
+        restored = Restored(
+            step=decision.step,
+            levels=levels,
+            reason=decision.reason,
+            seconds=time.perf_counter() - began,
+            bytes=done.nbytes,
+            notes=tuple(done.notes),
+            read_bytes=done.read_bytes,
+        )
+        return restored, frozenset()
 
     # ---- facts
 
@@ -139,6 +175,7 @@ class Restorer:
                 rank=rank,
                 steps={**{level: tuple(row[level]) for level in ("memory", "parity", "local")}, "durable": ours},
                 other_worlds=others,
+                others=tuple((step, size, other, level) for step, size, other, level in row["others"]),
                 unseen=tuple(row["unseen"]),
             )
             for rank, row in enumerate(rows)
@@ -157,6 +194,16 @@ class Restorer:
             "parity": self._recoverable(unseen),
             "local": [step for step, sizes in local.items() if rank in sizes.get(size, ())],
             "durable": list(durable.items()),
+            "others": [
+                *((image.step, image.world_size, image.rank, "memory") for image in images if image.world_size != size),
+                *(
+                    (step, other, holder, "local")
+                    for step, sizes in local.items()
+                    for other, holders in sizes.items()
+                    for holder in sorted(holders)
+                    if other != size
+                ),
+            ],
             "unseen": unseen,
         }
 
@@ -243,7 +290,7 @@ class Restorer:
         alone = self._world.world_size == 1
         described = [] if alone else self._world.gather([image.record.text(), image.data_start])
         proposal = self._world.together(lambda: self._propose(image, described))
-        needs = self._world.gather(sorted({span.image_rank for span in proposal.ranges}))
+        needs = self._world.gather(sorted({span.image_rank for span in proposal.flat}))
         shared = any(self._world.rank in ranks for rank, ranks in enumerate(needs) if rank != self._world.rank)
         if not self._fresh:
             damaged = self._agree(decision, lambda: self._hold(image, shared))
@@ -254,7 +301,7 @@ class Restorer:
             if shared and isinstance(image.source, InStore):
                 self._hold(image, shared)
             proposal.install()
-            image.source.load(Scatter(span for span in proposal.ranges if span.image_rank == image.record.rank))
+            image.source.load(Scatter(span for span in proposal.flat if span.image_rank == image.record.rank))
 
         damaged = self._agree(decision, fill)
         self._mixed = self._mixed or bool(damaged)
@@ -314,7 +361,7 @@ class Restorer:
         rank, node = self._world.rank, self._world.node_ranks
         slots = self._world.gather(self._slot)
         self._world.together(lambda: self._fill_from_neighbours(decision.step, proposal, slots, opened))
-        elsewhere = [span for span in proposal.ranges if span.image_rank not in node]
+        elsewhere = [span for span in proposal.flat if span.image_rank not in node]
         receive_remote(self._world, elsewhere, image.source if isinstance(image.source, InMemory) else None)
         # Together also because nobody may let go of an image that another rank still reads.
         notes = self._world.together(lambda: extras.apply(image.objects, self._found, image.groups()))
@@ -326,9 +373,9 @@ class Restorer:
 
     def _fill_from_neighbours(self, step: int, proposal: Proposal, slots: Sequence[int], opened: ExitStack) -> None:
         """From the images of this node that are needed: the very ones that their ranks have verified."""
-        needed = {span.image_rank for span in proposal.ranges} & set(self._world.node_ranks) - {self._world.rank}
+        needed = {span.image_rank for span in proposal.flat} & set(self._world.node_ranks) - {self._world.rank}
         for rank in sorted(needed):
             mapped = self._client.map_image(rank, step, self._world.world_size, slot_id=slots[rank])
             view = opened.enter_context(mapped).view
-            scatter = Scatter(span for span in proposal.ranges if span.image_rank == rank)
+            scatter = Scatter(span for span in proposal.flat if span.image_rank == rank)
             InMemory(mapped.record, "memory", view, verified=True).stream(scatter.take)

@@ -49,7 +49,7 @@ def test_an_image_and_its_record_come_back(compression: str | None) -> None:
     stored = write_image(store, record(), chunks, compression=compression, cancelled=never)
     assert read_record(store, 7, 0, 2) == stored
     assert (stored.encoding is None) == (compression is None)
-    assert replace(stored, encoding=None) == record()
+    assert replace(stored, encoding=None, fine=None) == record()
     for offset, length in [(0, len(DATA)), (1, 5), (len(DATA) - 3, 3), (10, 0)]:
         into = bytearray(length)
         read_image_range(store, stored, offset, memoryview(into))
@@ -75,7 +75,7 @@ def test_the_record_is_written_last() -> None:
 
     store = Ordered()
     write_image(store, record(), chunks, cancelled=never)
-    assert store.written == [image_name(7, 0, 2), record_name(7, 0, 2)]
+    assert store.written == [image_name(7, 0, 2), digests_name(7, 0, 2), record_name(7, 0, 2)]
 
 
 @pytest.mark.parametrize("after", range(6))

@@ -1,0 +1,205 @@
+"""Boxes of live tensors from pieces that were cut otherwise: which bytes of an image they need, and their scattering.
+
+`scatter.py` is the quick way for a job that is cut as it was when the snapshot was made; this one is for all others.
+"""
+
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resilient.checkpoint.catalog.catalog import Tensor as Described
+from resilient.checkpoint.catalog.meet import Box, boxes_of_range, intersect, parts_of
+from resilient.checkpoint.catalog.table import FILE, OFFSET, START, STOP, row_major
+from resilient.checkpoint.copying import Move
+from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES
+
+_UNITS: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+_VIEWS: dict[int, torch.dtype] = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BoxRange:
+    """A stored piece of which a live tensor needs some: elements [start, stop), row-major, of the box (`at`, `sizes`).
+
+    They begin at `offset` in the image of old rank `image_rank`. `local` is the box `place` of the same global tensor.
+    """
+
+    image_rank: int
+    offset: int
+    start: int
+    stop: int
+    at: tuple[int, ...]
+    sizes: tuple[int, ...]
+    local: Tensor
+    place: Box
+
+    @property
+    def nbytes(self) -> int:
+        """Of the piece, not only of what is needed of it."""
+        return (self.stop - self.start) * self.local.element_size()
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of the elements that are needed."""
+        found = [intersect(box, self.place) for box in self.boxes(self.start, self.stop)]
+        return sum(int(np.prod(box[1])) for box in found if box is not None) * self.local.element_size()
+
+    def boxes(self, start: int, stop: int) -> list[Box]:
+        """Elements [start, stop) of the stored box, as boxes of the global tensor in the order of their bytes."""
+        return [
+            (tuple(a + b for a, b in zip(self.at, inner, strict=True)), size)
+            for inner, size in boxes_of_range(start, stop, self.sizes)
+        ]
+
+
+def box_ranges(tensor: Described, local: Tensor, place: Box) -> list[BoxRange]:
+    """What of the stored pieces fills `local`, the box `place` of the tensor.
+
+    Raises DamagedImage where they do not make it up, ValueError for a place outside of the tensor.
+    """
+    if not parts_of(tensor, *place):  # checked as a whole; empty where there is nothing to fill
+        return []
+    d = tensor.pieces.dims
+    found = []
+    for row in tensor.pieces.meeting(*place).tolist():
+        at, sizes = tuple(row[4 : 4 + d]), tuple(row[4 + d : 4 + 2 * d])
+        found.append(BoxRange(row[FILE], row[OFFSET], row[START], row[STOP], at, sizes, local, place))
+    return [one for one in found if one.needed_bytes]
+
+
+def needed_blocks(ranges: Iterable[BoxRange], image_bytes: int) -> NDArray[np.bool_]:
+    """Which blocks of `FINE_BYTES` of an image hold bytes that the ranges need."""
+    steps = np.zeros(-(-image_bytes // FINE_BYTES) + 1, dtype=np.int64)
+    for one in ranges:
+        for begins, nbytes in _runs(one):
+            np.add.at(steps, begins // FINE_BYTES, 1)
+            np.add.at(steps, (begins + nbytes - 1) // FINE_BYTES + 1, -1)
+    return np.cumsum(steps[:-1]) > 0
+
+
+def units(needed: NDArray[np.bool_], image_bytes: int, *, fine: bool) -> list[tuple[int, int]]:
+    """Ranges [begin, end) to read, of one block of `BLOCK_BYTES` each at most; whole ones where not `fine`."""
+    per_block = BLOCK_BYTES // FINE_BYTES
+    found = []
+    for first in np.unique(np.flatnonzero(needed) // per_block).tolist():
+        begin = first * BLOCK_BYTES
+        if not fine:
+            found.append((begin, min(begin + BLOCK_BYTES, image_bytes)))
+            continue
+        wanted = needed[first * per_block : (first + 1) * per_block].astype(np.int8)
+        edges = np.flatnonzero(np.diff(wanted, prepend=0, append=0)).reshape(-1, 2)
+        found += [(begin + a * FINE_BYTES, min(begin + b * FINE_BYTES, image_bytes)) for a, b in edges.tolist()]
+    return found
+
+
+def _runs(one: BoxRange) -> Iterable[tuple[NDArray[np.int64], int]]:
+    """The contiguous runs of bytes that are needed of a piece: where they begin in the image, and how long each is."""
+    itemsize = one.local.element_size()
+    strides = row_major(one.sizes)
+    for box in one.boxes(one.start, one.stop):
+        shared = intersect(box, one.place)
+        if shared is None:
+            continue
+        inner, dim = 1, len(shared[1])
+        while dim:
+            dim -= 1
+            inner *= shared[1][dim]
+            if shared[1][dim] != one.sizes[dim]:  # beyond it, something else lies between
+                break
+        first = sum((x - a) * s for x, a, s in zip(shared[0], one.at, strides, strict=True)) - one.start
+        begins = np.array([first], dtype=np.int64)
+        for size, stride in zip(shared[1][:dim], strides[:dim], strict=True):
+            begins = (begins[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
+        yield one.offset + begins * itemsize, inner * itemsize
+
+
+class BoxScatter:
+    """Fills box ranges of one image. `take` may be called from several threads, with portions that do not overlap.
+
+    Portions begin and end between elements: the data of an image is aligned. `finish` when all were taken.
+    """
+
+    def __init__(self, ranges: Iterable[BoxRange]) -> None:
+        self._targets = sorted((_BoxTarget(one) for one in ranges), key=lambda target: target.begin)
+        self._stops = list(accumulate((target.stop for target in self._targets), max))  # sorted, if they overlap too
+
+    def take(self, begin: int, portion: memoryview) -> None:
+        """Bytes of the image from `begin` on: each range gets what is its own of them."""
+        end = begin + portion.nbytes
+        for number in range(bisect_right(self._stops, begin), len(self._targets)):
+            target = self._targets[number]
+            if target.begin >= end:
+                break
+            if target.stop > begin:
+                target.take(max(begin, target.begin), min(end, target.stop), begin, portion)
+
+    def finish(self) -> None:
+        """Bring what lies on another device, or not in order, to its place."""
+        for target in self._targets:
+            target.finish()
+
+
+class _BoxTarget:
+    def __init__(self, one: BoxRange) -> None:
+        self._one = one
+        self._itemsize = one.local.element_size()
+        self.begin, self.stop = one.offset, one.offset + one.nbytes
+        self._strides = row_major(one.sizes)
+        self._host = _host_view(one.local)
+        self._lock = threading.Lock()
+        self._staged: list[tuple[Any, Any]] = []
+
+    def take(self, begin: int, stop: int, origin: int, portion: memoryview) -> None:
+        one, size = self._one, self._itemsize
+        start = one.start + (begin - one.offset) // size
+        end = one.start + (stop - one.offset) // size
+        values = np.frombuffer(portion[begin - origin : stop - origin], dtype=_UNITS[size])
+        for box in one.boxes(start, end):
+            shared = intersect(box, one.place)
+            if shared is not None:
+                self._put(shared, values, start)
+
+    def _put(self, shared: Box, values: Any, start: int) -> None:
+        one, size = self._one, self._itemsize
+        first = sum((x - a) * s for x, a, s in zip(shared[0], one.at, self._strides, strict=True)) - start
+        found = np.lib.stride_tricks.as_strided(
+            values[first:], shape=shared[1], strides=tuple(s * size for s in self._strides), writeable=False
+        )
+        at = tuple(slice(x - a, x - a + n) for x, a, n in zip(shared[0], one.place[0], shared[1], strict=True))
+        if self._host is not None:
+            target = self._host[(..., *at)]
+            if target.flags.c_contiguous and found.flags.c_contiguous and found.nbytes > FINE_BYTES:
+                Move(target.ctypes.data, found.ctypes.data, found.nbytes).run()  # releases the interpreter lock
+            else:
+                target[...] = found
+            return
+        with self._lock:
+            self._staged.append((at, found.copy()))
+
+    def finish(self) -> None:
+        with torch.no_grad():
+            for at, values in self._staged:
+                view = torch.from_numpy(values.view(np.uint8)).view(self._one.local.dtype)
+                self._one.local[(..., *at)].copy_(view.view(values.shape))
+        self._staged = []
+
+
+def _host_view(local: Tensor) -> Any:
+    """A live tensor as a numpy array of elements of its size; None where it is not in host memory."""
+    if local.device.type != "cpu":
+        return None
+    return local.detach().view(_VIEWS[local.element_size()]).numpy()

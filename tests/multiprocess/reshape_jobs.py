@@ -1,0 +1,138 @@
+"""Jobs of several shapes that are saved in one and restored in another, for `test_reshape.py`."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import resilient
+from resilient.checkpoint.checkpointer import Checkpointer
+from resilient.checkpoint.leaves import walk
+from tests.checkpoint.jobs import EVERY_STEP, Job, checkpointing, train
+from tests.multiprocess.distributed_jobs import Network, adamw, made, sharded, trained
+
+Make = Callable[[], Job]
+
+
+def grouped(model: torch.nn.Module) -> Optimizer:
+    """Two groups with hyperparameters of their own."""
+    named = list(model.named_parameters())
+    groups: Any = [
+        {"params": [p for name, p in named if "bias" not in name], "lr": 0.02, "weight_decay": 0.1},
+        {"params": [p for name, p in named if "bias" in name], "lr": 0.003},
+    ]
+    return torch.optim.AdamW(groups)
+
+
+def plain() -> Job:
+    model = Network()
+    return trained(model, grouped(model))
+
+
+def ddp() -> Job:
+    model = DistributedDataParallel(Network())
+    return trained(model, grouped(model.module))
+
+
+def fsdp() -> Job:
+    return _fsdp(init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def hsdp() -> Job:
+    return _fsdp(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def _fsdp(mesh: Any) -> Job:
+    model = Network()
+    for layer in (model.first, model.large):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return trained(model, grouped(model))
+
+
+def tensor_parallel() -> Job:
+    """Rows of one layer, columns of the next; over the data-parallel ranks FSDP2, where there are more than two."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
+    model = Network()
+    parallelize_module(model, mesh["tp"], {"large": ColwiseParallel(), "last": RowwiseParallel()})
+    if size > 2:
+        fully_shard(model, mesh=mesh["dp"])
+    job = trained(model, grouped(model))
+
+    def step() -> None:
+        torch.manual_seed(5)  # tensor-parallel ranks see the same samples, and drop the same
+        job.step()
+
+    return Job(job.state, step)
+
+
+def everything(job: Job) -> dict[str, Any]:
+    """All tensors as a whole, by name, and the groups; buffers are each rank's own."""
+    found: dict[str, Any] = {}
+    for leaf in walk(job.state).leaves:
+        tensor = leaf.tensor.detach()
+        found[leaf.key] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    groups = job.state["optimizer"].param_groups
+    found["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    return found
+
+
+def shared(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if ".norm.running" not in name and "num_batches" not in name}
+
+
+def save(make: Make, url: str, folder: str, policy: resilient.Policy = EVERY_STEP, level: str = "durable") -> None:
+    """Train two steps, save, and note everything."""
+    job = made(make, 1)
+    checkpointer = Checkpointer(url, job.state, policy)
+    for step in (1, 2):
+        job.step()
+        checkpointer.save(step).durable(level).result(40)
+    torch.save(everything(job), f"{folder}/saved{_rank()}")
+    assert checkpointer.close(keep_memory=level == "memory") == []
+
+
+def restore(
+    make: Make, url: str, folder: str, saved_by: int, policy: resilient.Policy = EVERY_STEP, level: str = "durable"
+) -> tuple[dict[int, str], int]:
+    """Restore into a fresh job of another shape; compare; train on and save again. The levels, and bytes read."""
+    job = made(make, 2)
+    with checkpointing(Path(url), job, policy) as checkpointer:
+        assert checkpointer.restore() == 2
+        done = checkpointer.last_restore
+        assert done is not None
+        expected = torch.load(f"{folder}/saved{_rank() % saved_by}", weights_only=False)
+        assert_equal(expected, everything(job))
+        train(job, 1)
+        checkpointer.save(3).durable(level).result(40)
+        train(job, 1)
+        checkpointer.save(4).durable(level).result(40)
+        return done.levels, done.read_bytes or 0
+
+
+def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            assert value.dtype == found[name].dtype, name
+            assert torch.equal(value, found[name]), name
+        else:
+            assert value == found[name], name
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+__all__ = ["adamw", "os", "sharded"]

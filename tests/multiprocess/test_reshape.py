@@ -1,0 +1,56 @@
+"""A snapshot of one job restored by another, of more or fewer ranks, or cut another way: bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import resilient
+from tests.checkpoint.jobs import Job
+from tests.multiprocess import reshape_jobs as jobs
+from tests.multiprocess.ranks import run
+
+pytestmark = pytest.mark.usefixtures("runtime_dir")
+
+Shape = tuple[Callable[[], Job], int]
+PAIRS: list[tuple[Shape, Shape]] = [
+    ((jobs.plain, 1), (jobs.ddp, 2)),
+    ((jobs.ddp, 2), (jobs.plain, 1)),
+    ((jobs.fsdp, 4), (jobs.fsdp, 2)),
+    ((jobs.fsdp, 2), (jobs.fsdp, 3)),
+    ((jobs.fsdp, 2), (jobs.plain, 1)),
+    ((jobs.tensor_parallel, 2), (jobs.ddp, 3)),
+    ((jobs.plain, 1), (jobs.tensor_parallel, 4)),
+    ((jobs.tensor_parallel, 4), (jobs.fsdp, 3)),
+    ((jobs.hsdp, 4), (jobs.tensor_parallel, 2)),
+]
+
+
+def name(pair: tuple[Shape, Shape]) -> str:
+    return "-to-".join(f"{make.__name__}{size}" for make, size in pair)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=name)
+def test_a_snapshot_is_restored_by_a_job_of_another_shape(pair: tuple[Shape, Shape], tmp_path: Path) -> None:
+    (before, size), (after, other) = pair
+    run(jobs.save, size, before, str(tmp_path / "run"), str(tmp_path))
+    for levels, _ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size):
+        assert levels == dict.fromkeys(range(size), "durable")
+
+
+MEMORY = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
+
+
+@pytest.mark.parametrize("pair", [PAIRS[2], PAIRS[3], PAIRS[0], PAIRS[1]], ids=name)
+def test_fewer_or_more_ranks_go_on_from_memory(pair: tuple[Shape, Shape], tmp_path: Path) -> None:
+    (before, size), (after, other) = pair
+    run(jobs.save, size, before, str(tmp_path / "run"), str(tmp_path), MEMORY, "memory")
+    for levels, _ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size, MEMORY, "memory"):
+        assert levels == dict.fromkeys(range(size), "memory")
+
+
+def test_images_in_the_memory_of_other_nodes_are_sent(tmp_path: Path) -> None:
+    arguments = (str(tmp_path / "run"), str(tmp_path))
+    run(jobs.save, 4, jobs.fsdp, *arguments, MEMORY, "memory", nodes=("a", "a", "b", "c"))
+    found = run(jobs.restore, 3, jobs.fsdp, *arguments, 4, MEMORY, "memory", nodes=("c", "a", "b"))
+    assert [levels for levels, _ in found] == [dict.fromkeys(range(4), "memory")] * 3
