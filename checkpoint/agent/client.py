@@ -262,13 +262,22 @@ class AgentClient:
         steps: list[int] = self._connection.request("recoverable", within_s=PEERS_S)["steps"]
         return steps
 
-    def recover(self, step: int, within_s: float) -> int:
+    def images_of_others(self, world_size: int) -> list[tuple[int, int, int]]:
+        """(step, world size, rank) of all images that other nodes have, whole or in parity, of jobs of another size
+        than `world_size`. Blocks."""
+        reply = self._connection.request("others", within_s=PEERS_S, world_size=world_size)
+        return [(step, size, rank) for step, size, rank in reply["images"]]
+
+    def recover(self, step: int, within_s: float, rank: int | None = None, world_size: int | None = None) -> int:
         """Have the agent fetch this rank's image from other nodes, and verify it; the slot that holds it then. Blocks.
 
+        With `rank` and `world_size` that of a rank of a job of another size.
         `release` it if it is not used. Raises LevelFailed or RestoreError where too little of it is left, DamagedImage,
         OverBudget, TimeoutError.
         """
-        reply = self._connection.request("recover", step=step, within_s=within_s)
+        reply = self._connection.request(
+            "recover", within_s=within_s, step=step, image_rank=rank, world_size=world_size
+        )
         slot: int = reply["slot"]
         return slot
 

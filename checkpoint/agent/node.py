@@ -5,7 +5,7 @@ Requests get a reply, the others none:
     hello     first of all; shows the token, says who it is      plan      buffers for images of a plan
     begin, filled, seal, abort   (no reply) one image            complete, failed   (no reply) what the leader heard
     images, map, unmap           reading sealed images           scratch, adopt, release   loading images
-    token, listen, join          the agents of other nodes       recoverable, recover   images that those have
+    token, listen, join          the agents of other nodes       recoverable, others, recover   images that those have
     restored  the image that the rank goes on from; its others are not needed
     flush     wait for this rank's writes                        status    what the agent holds and uses
     bye       a clean end: with keep = false from all ranks of the node the agent may end too
@@ -102,6 +102,7 @@ class Node:
             "listen": self._listen,
             "join": self._join,
             "recoverable": self._recoverable,
+            "others": self._others,
             "recover": self._recover,
             "flush": self._flush,
             "status": lambda _session, _message: (self._status(), []),
@@ -412,9 +413,19 @@ class Node:
             lambda error: session.send(error_reply(request_id, error)),
         )
 
+    def _others(self, session: Session, message: Message) -> None:
+        request_id = whole(message, "id")
+        self.protecting.images_of_others(
+            whole(message, "world_size"),
+            lambda found: session.send({"id": request_id, "ok": True, "images": [list(one) for one in found]}),
+            lambda error: session.send(error_reply(request_id, error)),
+        )
+
     def _recover(self, session: Session, message: Message) -> None:
         """Into a scratch slot, which is adopted: the trainer maps it as it maps any image."""
         rank, step, request_id = _rank(session), whole(message, "step"), whole(message, "id")
+        image_rank = whole(message, "image_rank") if message.get("image_rank") is not None else rank
+        world_size = whole(message, "world_size") if message.get("world_size") is not None else None
 
         def make_room(nbytes: int) -> tuple[int, memoryview]:
             if session.closed or self.policy is None:
@@ -435,7 +446,7 @@ class Node:
             session.send(error_reply(request_id, said))
             self.settle()
 
-        self.protecting.recover(rank, step, make_room, done, failed)
+        self.protecting.recover(image_rank, step, world_size, make_room, done, failed)
 
     # --- the rest
 

@@ -160,10 +160,21 @@ class Protecting:
             failed,
         )
 
+    def images_of_others(
+        self, world_size: int, reply: Callable[[list[tuple[int, int, int]]], None], failed: Failed
+    ) -> None:
+        """(step, world size, rank) of all images that can be had of jobs of another size; a thread asks the nodes."""
+        service = self._service
+        if service is None:
+            reply([])
+            return
+        self._in_thread("images-of-others", lambda: service.images_of_others(world_size), reply, failed)
+
     def recover(
         self,
         rank: int,
         step: int,
+        world_size: int | None,
         make_room: Callable[[int], tuple[int, memoryview]],
         reply: Callable[[int, Record], None],
         failed: Callable[[int, ResilientError], None],
@@ -185,7 +196,7 @@ class Protecting:
 
         self._in_thread(
             f"recover-{rank}",
-            lambda: service.recover(rank, step, room),
+            lambda: service.recover(rank, step, room, world_size=world_size),
             lambda record: reply(made[-1][0], record),
             lambda error: failed(made[-1][0] if made else 0, error),
         )

@@ -123,6 +123,17 @@ def recoverable(inventories: Sequence[Inventory], ranks: Iterable[int]) -> dict[
     return {rank: [one for key in keys if (one := find(inventories, key, rank)) is not None] for rank in ranks}
 
 
+def images_of_others(inventories: Sequence[Inventory], world_size: int) -> list[tuple[int, int, int]]:
+    """(step, world size, rank) of all images that can be had of jobs of another size."""
+    found = set()
+    for key in keys_of(inventories):
+        sizes = {size for each in inventories for id, (_, size) in each.images.items() if id[:2] == key}
+        sizes |= {each.known[key].stripe.world_size for each in inventories if key in each.known}
+        for size in sizes - {world_size}:
+            found |= {(key[1], size, rank) for rank in range(size) if find(inventories, key, rank) is not None}
+    return sorted(found)
+
+
 def find(inventories: Sequence[Inventory], key: Key, rank: int) -> Found | None:
     """How the image of a rank of a snapshot can be had; None where it cannot."""
     known = _known(inventories, key, rank)

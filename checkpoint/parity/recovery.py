@@ -21,6 +21,7 @@ from resilient.checkpoint.parity.recover import (
     Known,
     Sources,
     find,
+    images_of_others,
     inventory_of,
     keys_of,
     recoverable,
@@ -73,6 +74,10 @@ class Recovery:
         """What can be had of each rank, the newest first."""
         return recoverable(self.inventories(), ranks)
 
+    def images_of_others(self, world_size: int) -> list[tuple[int, int, int]]:
+        """(step, world size, rank) of all images that can be had of jobs of another size."""
+        return images_of_others(self.inventories(), world_size)
+
     def inventories(self, enough: Callable[[list[Inventory]], bool] = lambda _: False) -> list[Inventory]:
         """Of this node, and of all that answer; after PATIENCE_S only until what is there is `enough`."""
         others = [node for node in self._nodes() if node != self._here.node]
@@ -107,12 +112,17 @@ class Recovery:
     # --- getting it
 
     def recover(
-        self, rank: int, step: int, room: Callable[[int], memoryview], life: str | None = None
+        self,
+        rank: int,
+        step: int,
+        room: Callable[[int], memoryview],
+        life: str | None = None,
+        world_size: int | None = None,
     ) -> tuple[Record, str]:
         """Fetch the image of a rank into `room(its size)`, which is called once for each attempt; with how it was done.
 
-        `life` None: the latest. Every byte is verified. Raises LevelFailed where it cannot be had, DamagedImage where
-        too much is damaged.
+        `life` None: the latest; `world_size`: of a job of that size, if it matters. Every byte is verified. Raises
+        LevelFailed where it cannot be had, DamagedImage where too much is damaged.
         """
 
         def enough(known: list[Inventory]) -> bool:
@@ -120,7 +130,7 @@ class Recovery:
 
         for attempt in range(1, ATTEMPTS + 1):
             inventories = self.inventories(enough)
-            found = self._choose(inventories, rank, step, life)
+            found = self._choose(inventories, rank, step, life, world_size)
             try:
                 record, reader = self._reader(inventories, found)
                 into = room(record.image_bytes)[: record.image_bytes]
@@ -142,9 +152,12 @@ class Recovery:
                 return self._stripe_reader(inventories, known)
         raise LevelFailed(f"nobody knows of whole parity of step {key[1]}")
 
-    def _choose(self, inventories: Sequence[Inventory], rank: int, step: int, life: str | None) -> Found:
+    def _choose(
+        self, inventories: Sequence[Inventory], rank: int, step: int, life: str | None, world_size: int | None
+    ) -> Found:
         for key in keys_of(inventories):
-            if key[1] == step and life in (None, key[0]) and (found := find(inventories, key, rank)) is not None:
+            found = find(inventories, key, rank) if key[1] == step and life in (None, key[0]) else None
+            if found is not None and world_size in (None, found.world_size):
                 return found
         raise LevelFailed(
             f"step {step} of rank {rank} cannot be had from the {len(inventories)} nodes that answered; "

@@ -170,12 +170,24 @@ class ParityService:
         found = self._recovery.recoverable(ranks)
         return {rank: [(one.key[1], one.key[0]) for one in images] for rank, images in found.items()}
 
-    def recover(self, rank: int, step: int, room: Callable[[int], memoryview], life: str | None = None) -> Record:
+    def images_of_others(self, world_size: int) -> list[tuple[int, int, int]]:
+        """(step, world size, rank) of all images that can be had of jobs of another size."""
+        return self._recovery.images_of_others(world_size)
+
+    def recover(
+        self,
+        rank: int,
+        step: int,
+        room: Callable[[int], memoryview],
+        life: str | None = None,
+        world_size: int | None = None,
+    ) -> Record:
         """Fetch the image of a rank into `room(its size)`; every byte is verified.
 
-        `life` None: the latest that has the step. `room` may be called twice. Raises LevelFailed or DamagedImage.
+        `life` None: the latest that has the step; `world_size`: of a job of that size, if it matters. `room` may be
+        called twice. Raises LevelFailed or DamagedImage.
         """
-        record, reason = self._recovery.recover(rank, step, room, life)
+        record, reason = self._recovery.recover(rank, step, room, life, world_size)
         log.info("step %d was fetched from the other nodes; %s", step, reason)
         return record
 

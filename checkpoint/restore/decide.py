@@ -150,8 +150,11 @@ def _place(
             continue
         if level == "durable":
             return Place(level, ()) if durable else None
-        if (step, size, rank, level) in holders:
-            return Place(level, tuple(holders[step, size, rank, level]))
+        found = holders.get((step, size, rank, level), [])
+        if found and level == "parity":  # each can get it from the other nodes: one of them, another for each image
+            return Place(level, (found[rank % len(found)],))
+        if found:
+            return Place(level, tuple(found))
     return None
 
 

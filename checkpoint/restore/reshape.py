@@ -9,7 +9,7 @@ used; a state that is worth something is touched only when all of them have been
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ from resilient.checkpoint.restore.partial import Read, read_units
 from resilient.checkpoint.restore.reshaped import Reshaped, groups_of, objects_rank
 from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
-from resilient.errors import DamagedImage, LayoutMismatch, LevelFailed
+from resilient.errors import DamagedImage, LayoutMismatch, LevelFailed, ResilientError
 
 _log = logging.getLogger("resilient")
 _LOST = (DamagedImage, LevelFailed, FileNotFoundError)
@@ -74,7 +74,9 @@ class Reshaper:
         stores: Mapping[str, Store],
         decision: Decision,
         opened: ExitStack,
+        timeout_s: float,
     ) -> None:
+        """`timeout_s`: how long it may take to fetch an image from other nodes."""
         self._client = client
         self._world = world
         self._state = state
@@ -82,6 +84,7 @@ class Reshaper:
         self._stores = stores
         self._decision = decision
         self._opened = opened
+        self._timeout_s = timeout_s
         self._size = len(decision.places)
         self._images: dict[int, _Opened] = {}
         self._read_bytes = 0
@@ -160,8 +163,9 @@ class Reshaper:
         """An image that this rank can reach."""
         if rank not in self._images:
             step, level = self._decision.step, self._decision.places[rank].level
-            if level == "memory":
-                mapped = self._opened.enter_context(self._client.map_image(rank, step, self._size))
+            if level in ("memory", "parity"):
+                slot = self._recover(rank) if level == "parity" else None
+                mapped = self._opened.enter_context(self._client.map_image(rank, step, self._size, slot_id=slot))
                 self._images[rank] = _Opened(mapped.record, lambda offset, into: mapped.read(offset, [into]))
             else:
                 store = self._stores[level]
@@ -169,6 +173,19 @@ class Reshaper:
                 fine = read_fine_digests(store, record)
                 self._images[rank] = _Opened(record, partial(read_image_range, store, record), fine)
         return self._images[rank]
+
+    def _recover(self, rank: int) -> int:
+        """An image that nodes are lost with, fetched or decoded into the memory of this node's agent; its slot."""
+        try:
+            slot = self._client.recover(self._decision.step, self._timeout_s, rank, self._size)
+        except TimeoutError as error:
+            raise LevelFailed(str(error)) from error
+        self._opened.callback(self._release, slot)
+        return slot
+
+    def _release(self, slot: int) -> None:
+        with suppress(ResilientError):
+            self._client.release(slot)
 
     # ---- names
 

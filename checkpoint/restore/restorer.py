@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from resilient.checkpoint.agent.client import AgentClient
+from resilient.checkpoint.agent.client import AgentClient, ImageInfo
 from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.leaves import Leaves, no_collection
@@ -137,8 +137,12 @@ class Restorer:
 
     def _reshape(self, decision: Decision, extras: Extras, began: float) -> tuple[Restored | None, Damaged]:
         """Take what this job needs of a snapshot that a job of another size has made."""
+        timeout_s = self._policy.write_timeout_s
         with ExitStack() as opened:
-            reshaper = Reshaper(self._client, self._world, self._state, self._found, self._stores, decision, opened)
+            reshaper = Reshaper(
+                self._client, self._world, self._state, self._found, self._stores, decision, opened, timeout_s
+            )
+
             done, damaged = reshaper.run(extras, fresh=self._fresh)
         self._mixed = self._mixed or (reshaper.touched and bool(damaged))
         if done is None:
@@ -194,18 +198,28 @@ class Restorer:
             "parity": self._recoverable(unseen),
             "local": [step for step, sizes in local.items() if rank in sizes.get(size, ())],
             "durable": list(durable.items()),
-            "others": [
-                *((image.step, image.world_size, image.rank, "memory") for image in images if image.world_size != size),
-                *(
-                    (step, other, holder, "local")
-                    for step, sizes in local.items()
-                    for other, holders in sizes.items()
-                    for holder in sorted(holders)
-                    if other != size
-                ),
-            ],
+            "others": self._others(images, local, unseen),
             "unseen": unseen,
         }
+
+    def _others(
+        self, images: Sequence[ImageInfo], local: Mapping[int, Mapping[int, set[int]]], unseen: list[str]
+    ) -> list[tuple[int, int, int, str]]:
+        """(step, world size, rank, level) of the images of jobs of other sizes that this rank can reach."""
+        size = self._world.world_size
+        found = [(each.step, each.world_size, each.rank, "memory") for each in images]
+        found += [
+            (step, other, rank, "local")
+            for step, sizes in local.items()
+            for other, ranks in sizes.items()
+            for rank in sorted(ranks)
+        ]
+        try:
+            if self._peers and self._world.rank == self._world.node_ranks[0]:
+                found += [(*each, "parity") for each in self._client.images_of_others(size)]
+        except (LevelFailed, TimeoutError) as error:
+            unseen.append(f"rank {self._world.rank}: {error}")
+        return [each for each in found if each[1] != size]
 
     def _recoverable(self, unseen: list[str]) -> list[int]:
         """The steps at which this rank's image can be had from other nodes."""

@@ -1,6 +1,7 @@
 """Jobs of several shapes that are saved in one and restored in another, for `test_reshape.py`."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from torch.optim import Optimizer
 import resilient
 from resilient.checkpoint.checkpointer import Checkpointer
 from resilient.checkpoint.leaves import walk
+from resilient.errors import RestoreError
 from tests.checkpoint.jobs import EVERY_STEP, Job, checkpointing, train
-from tests.multiprocess.distributed_jobs import Network, adamw, made, sharded, trained
+from tests.multiprocess.distributed_jobs import Network, made, trained
+from tests.multiprocess.parity_jobs import note_agent
 
 Make = Callable[[], Job]
+NEVER = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
 
 
 def grouped(model: torch.nn.Module) -> Optimizer:
@@ -99,7 +103,11 @@ def save(make: Make, url: str, folder: str, policy: resilient.Policy = EVERY_STE
     for step in (1, 2):
         job.step()
         checkpointer.save(step).durable(level).result(40)
-    torch.save(everything(job), f"{folder}/saved{_rank()}")
+        torch.save(everything(job), f"{folder}/{'first' if step == 1 else 'saved'}{_rank()}")
+    if level == "parity":  # its nodes are lost with all they hold, as the test does it
+        note_agent(checkpointer, folder)
+        dist.barrier()
+        os.kill(os.getpid(), signal.SIGKILL)
     assert checkpointer.close(keep_memory=level == "memory") == []
 
 
@@ -135,4 +143,31 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-__all__ = ["adamw", "os", "sharded"]
+def go_back(make: Make, url: str, folder: str, saved_by: int, where: str) -> list[str]:
+    """A run that has restored another job's snapshot, and trained on, goes back to it when it is damaged meanwhile.
+
+    What the error said, if there was one; the state is then as it was. Else it is that of the first step.
+    """
+    job = made(make, 2)
+    with checkpointing(Path(url), job, NEVER) as checkpointer:
+        assert checkpointer.restore() == 2
+        train(job, 1)
+        if _rank() == 0:
+            damage(Path(url) / "step_00000002/rank_00001-of-00002", where)
+        dist.barrier()
+        before = everything(job)
+        try:
+            assert checkpointer.restore() == 1
+        except RestoreError as error:
+            assert_equal(before, everything(job))
+            return [str(error), *getattr(error, "__notes__", [])]
+        assert_equal(torch.load(f"{folder}/first{_rank() % saved_by}", weights_only=False), everything(job))
+        return []
+
+
+def damage(path: Path, where: str) -> None:
+    """Change a byte of an image, of its digests or of its record."""
+    file = path.with_suffix({"digests": ".digests", "record": ".json"}.get(where, ".safetensors"))
+    data = bytearray(file.read_bytes())
+    data[{"data": -100_000, "header": 100}.get(where, len(data) // 2)] ^= 1
+    file.write_bytes(data)

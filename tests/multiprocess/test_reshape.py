@@ -1,6 +1,8 @@
 """A snapshot of one job restored by another, of more or fewer ranks, or cut another way: bit for bit."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import resilient
 from tests.checkpoint.jobs import Job
 from tests.multiprocess import reshape_jobs as jobs
 from tests.multiprocess.ranks import run
+from tests.multiprocess.test_parity import lose
 
 pytestmark = pytest.mark.usefixtures("runtime_dir")
 
+Eventually = Callable[..., None]
 Shape = tuple[Callable[[], Job], int]
 PAIRS: list[tuple[Shape, Shape]] = [
     ((jobs.plain, 1), (jobs.ddp, 2)),
@@ -54,3 +58,33 @@ def test_images_in_the_memory_of_other_nodes_are_sent(tmp_path: Path) -> None:
     run(jobs.save, 4, jobs.fsdp, *arguments, MEMORY, "memory", nodes=("a", "a", "b", "c"))
     found = run(jobs.restore, 3, jobs.fsdp, *arguments, 4, MEMORY, "memory", nodes=("c", "a", "b"))
     assert [levels for levels, _ in found] == [dict.fromkeys(range(4), "memory")] * 3
+
+
+PARITY = resilient.Policy(parity="2+1", durable_every=0, agent_idle_s=60, fence_timeout_s=40)
+
+
+def test_the_survivors_of_a_lost_node_go_on_with_fewer_ranks_from_parity(
+    tmp_path: Path, eventually: Eventually
+) -> None:
+    arguments = (str(tmp_path / "run"), str(tmp_path))
+    run(jobs.save, 3, jobs.fsdp, *arguments, PARITY, "parity", nodes=("a", "b", "c"))
+    lose(str(tmp_path), "b", eventually)
+    policy = replace(PARITY, parity="1+1")
+    found = run(jobs.restore, 2, jobs.fsdp, *arguments, 3, policy, "memory", nodes=("a", "c"))
+    assert [levels for levels, _ in found] == [{0: "memory", 1: "parity", 2: "memory"}] * 2
+
+
+@pytest.mark.parametrize("where", ["data", "header", "digests", "record"])
+def test_damage_on_disk_leads_to_an_older_snapshot(where: str, tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    run(jobs.save, 2, jobs.fsdp, url, str(tmp_path))
+    assert run(jobs.go_back, 3, jobs.fsdp, url, str(tmp_path), 2, where) == [[]] * 3
+
+
+def test_where_nothing_undamaged_is_left_no_live_tensor_is_touched(tmp_path: Path) -> None:
+    url = tmp_path / "run"
+    run(jobs.save, 2, jobs.fsdp, str(url), str(tmp_path))
+    shutil.rmtree(url / "step_00000001")
+    for said in run(jobs.go_back, 3, jobs.fsdp, str(url), str(tmp_path), 2, "data"):
+        assert len(said) == 1
+        assert "no undamaged snapshot is left" in said[0]
