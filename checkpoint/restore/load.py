@@ -73,8 +73,12 @@ class Catalog:
         return [one for one in pieces if one.own] or pieces
 
 
+class CutOtherwise(LayoutMismatch):
+    """The snapshot has the tensor, cut at other places than this job cuts it. Never leaves this package."""
+
+
 def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list[Range]:
-    """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor, where they do not cover it."""
+    """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor: CutOtherwise for a matter of cuts."""
     if not pieces:
         raise LayoutMismatch(f"the snapshot has no tensor {key!r}: was it made by another model?")
     stored = sorted(pieces, key=lambda one: one.piece.start)
@@ -91,7 +95,7 @@ def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list
                 found.append(Range(one.image_rank, one.offset, one.nbytes, local, one.piece.start, one.piece.stop))
                 covered = one.piece.stop
     if covered != box.numel or not seen:
-        raise LayoutMismatch(
+        raise CutOtherwise(
             f"tensor {key!r}: the snapshot has {covered} of the {box.numel} elements of the part at {box.offsets} "
             f"with sizes {box.sizes} that this rank needs: it was sharded differently"
         )
@@ -100,10 +104,14 @@ def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list
 
 @dataclass(slots=True)
 class Proposal:
-    """All that a restore will do to the tensors of the state, checked. Nothing has changed yet."""
+    """All that a restore will do to the tensors of the state, checked. Nothing has changed yet.
+
+    `cut_otherwise`: it does nothing, for the snapshot is cut at other places than this job.
+    """
 
     ranges: list[Range | BoxRange] = field(default_factory=list)
     states: list[tuple[Optimizer, Any, dict[Any, Any]]] = field(default_factory=list)  # key of its state, new contents
+    cut_otherwise: bool = False
 
     @property
     def flat(self) -> list[Range]:

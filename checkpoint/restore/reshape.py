@@ -322,8 +322,10 @@ class Reshaper:
         for rank, text in problems.items():
             level = self._decision.places[rank].level
             _log.warning("step %d, rank %d of %d at level %s cannot be used: %s", step, rank, self._size, level, text)
+        same = self._size == self._world.world_size
+        levels = {rank: self._decision.places[rank].level for rank in problems}
         return frozenset(
-            (step, rank, level_of_other(self._decision.places[rank].level, self._size)) for rank in problems
+            (step, rank, level if same else level_of_other(level, self._size)) for rank, level in levels.items()
         )
 
 

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,10 +25,10 @@ from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import complete_steps, records_by_step
 from resilient.checkpoint.record import parse_record
-from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, decide
+from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, Place, decide
 from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
-from resilient.checkpoint.restore.load import Catalog, Proposal, propose
+from resilient.checkpoint.restore.load import Catalog, CutOtherwise, Proposal, propose
 from resilient.checkpoint.restore.reshape import Reshaper
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
@@ -55,6 +55,10 @@ class Restored:
     bytes: int
     notes: tuple[str, ...] = ()
     read_bytes: int | None = None
+
+
+class _CutOtherwise(Exception):
+    """This job is cut otherwise than the one that made the snapshot. Never leaves this module."""
 
 
 class Restorer:
@@ -113,27 +117,45 @@ class Restorer:
                 return None
             if decision.action == "reshape":
                 restored, found = self._reshape(decision, extras, began)
-                if restored is not None:
-                    return restored
-                damaged |= found
-                continue
-            with ExitStack() as opened:
-                opened.callback(self._let_go)
-                image, found = self._open_everywhere(decision, opened)
-                if image is not None and not found:
-                    proposal, found = self._fill(decision, image)
-                    if not found:
-                        notes = self._complete(decision, image, proposal, extras, opened)
-                        self._keep()
-                        return Restored(
-                            step=decision.step,
-                            levels=dict(enumerate(decision.levels)),
-                            reason=decision.reason,
-                            seconds=time.perf_counter() - began,
-                            bytes=sum(span.nbytes for span in proposal.flat),
-                            notes=tuple(notes),
-                        )
+            else:
+                try:
+                    restored, found = self._restore_as_it_was(decision, extras, began)
+                except _CutOtherwise:  # on all ranks
+                    restored, found = self._reshape(self._with_places(decision), extras, began)
+            if restored is not None:
+                return restored
             damaged |= found
+
+    def _restore_as_it_was(self, decision: Decision, extras: Extras, began: float) -> tuple[Restored | None, Damaged]:
+        """The snapshot of a job that was cut as this one is: each rank takes its own image. Raises _CutOtherwise."""
+        with ExitStack() as opened:
+            opened.callback(self._let_go)
+            image, found = self._open_everywhere(decision, opened)
+            if image is None or found:
+                return None, found
+            proposal, found = self._fill(decision, image)
+            if found:
+                return None, found
+            notes = self._complete(decision, image, proposal, extras, opened)
+            self._keep()
+        restored = Restored(
+            step=decision.step,
+            levels=dict(enumerate(decision.levels)),
+            reason=decision.reason,
+            seconds=time.perf_counter() - began,
+            bytes=sum(span.nbytes for span in proposal.flat),
+            notes=tuple(notes),
+        )
+        return restored, frozenset()
+
+    def _with_places(self, decision: Decision) -> Decision:
+        """The same decision for a job of as many ranks that is cut otherwise: who can reach which image."""
+        nodes = self._world.nodes
+        places = []
+        for rank, level in enumerate(decision.levels):
+            near = tuple(other for other, node in enumerate(nodes) if node == nodes[rank])
+            places.append(Place(level, {"durable": (), "parity": (rank,)}.get(level, near)))
+        return replace(decision, action="reshape", places=tuple(places), reason=f"{decision.reason}, cut otherwise")
 
     def _reshape(self, decision: Decision, extras: Extras, began: float) -> tuple[Restored | None, Damaged]:
         """Take what this job needs of a snapshot that a job of another size has made."""
@@ -142,7 +164,6 @@ class Restorer:
             reshaper = Reshaper(
                 self._client, self._world, self._state, self._found, self._stores, decision, opened, timeout_s
             )
-
             done, damaged = reshaper.run(extras, fresh=self._fresh)
         self._mixed = self._mixed or (reshaper.touched and bool(damaged))
         if done is None:
@@ -304,7 +325,10 @@ class Restorer:
         alone = self._world.world_size == 1
         described = [] if alone else self._world.gather([image.record.text(), image.data_start])
         proposal = self._world.together(lambda: self._propose(image, described))
-        needs = self._world.gather(sorted({span.image_rank for span in proposal.flat}))
+        rows = self._world.gather([sorted({span.image_rank for span in proposal.flat}), proposal.cut_otherwise])
+        if any(cut for _, cut in rows):
+            raise _CutOtherwise
+        needs = [ranks for ranks, _ in rows]
         shared = any(self._world.rank in ranks for rank, ranks in enumerate(needs) if rank != self._world.rank)
         if not self._fresh:
             damaged = self._agree(decision, lambda: self._hold(image, shared))
@@ -334,7 +358,10 @@ class Restorer:
             if rank != self._world.rank:
                 record = parse_record(text, f"the record of rank {rank}")
                 pieces += stored_pieces(record.pieces(), rank, begins)
-        return propose(self._state, self._found, Catalog(pieces, self._world.rank), image.objects)
+        try:
+            return propose(self._state, self._found, Catalog(pieces, self._world.rank), image.objects)
+        except CutOtherwise:
+            return Proposal(cut_otherwise=True)
 
     def _hold(self, image: Image, shared: bool) -> None:
         """Have the whole image in memory, verified; in the agent's, where other ranks of this node read it too."""

@@ -27,6 +27,8 @@ PAIRS: list[tuple[Shape, Shape]] = [
     ((jobs.plain, 1), (jobs.tensor_parallel, 4)),
     ((jobs.tensor_parallel, 4), (jobs.fsdp, 3)),
     ((jobs.hsdp, 4), (jobs.tensor_parallel, 2)),
+    ((jobs.tensor_parallel, 2), (jobs.ddp, 2)),
+    ((jobs.ddp, 2), (jobs.fsdp, 2)),
 ]
 
 
@@ -45,7 +47,7 @@ def test_a_snapshot_is_restored_by_a_job_of_another_shape(pair: tuple[Shape, Sha
 MEMORY = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
 
 
-@pytest.mark.parametrize("pair", [PAIRS[2], PAIRS[3], PAIRS[0], PAIRS[1]], ids=name)
+@pytest.mark.parametrize("pair", [PAIRS[2], PAIRS[3], PAIRS[0], PAIRS[1], PAIRS[9]], ids=name)
 def test_fewer_or_more_ranks_go_on_from_memory(pair: tuple[Shape, Shape], tmp_path: Path) -> None:
     (before, size), (after, other) = pair
     run(jobs.save, size, before, str(tmp_path / "run"), str(tmp_path), MEMORY, "memory")
