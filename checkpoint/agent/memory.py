@@ -17,7 +17,7 @@ from pathlib import Path
 from resilient.errors import OverBudget
 
 PAGE_BYTES = mmap.PAGESIZE
-_PREFAULT_BYTES = 64 << 20
+_PREFAULT_BYTES = 8 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels refuse it and pages are made on first touch
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -114,10 +114,12 @@ def address_of_view(view: memoryview) -> int:
 def prefault(view: memoryview, stopped: Callable[[], bool]) -> None:
     """Make the pages of a mapping present, without changing a byte. Blocks; releases the interpreter lock.
 
-    Stops early when `stopped()` says so, or when the kernel will not: pages are then made on first touch.
+    From the end to the beginning: who fills it meanwhile begins at the beginning, and two threads that make the same
+    pages are slower than one. Stops early when `stopped()` says so, or when the kernel will not: pages are then made on
+    first touch.
     """
     base = address_of_view(view)
-    for start in range(0, len(view), _PREFAULT_BYTES):
+    for start in reversed(range(0, len(view), _PREFAULT_BYTES)):
         size = min(_PREFAULT_BYTES, len(view) - start)
         if stopped() or _libc.madvise(base + start, size, _MADV_POPULATE_WRITE) != 0:
             return
