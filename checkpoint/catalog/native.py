@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from resilient.checkpoint.catalog.catalog import Catalog, File, Tensor
-from resilient.checkpoint.catalog.table import PieceTable, Rows, row_major
+from resilient.checkpoint.catalog.table import START, STOP, PieceTable, Rows, row_major
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage
 
@@ -64,9 +64,8 @@ def _add(catalog: Catalog, key: _Key, raw: Mapping[str, Any], rows: Rows) -> Non
             parameter=raw.get("parameter", ""),
             state=raw.get("name", ""),
         )
-        problem = tensor.problem()
-        if problem is not None:
-            raise DamagedImage(problem)
+        if int((group[:, STOP] - group[:, START]).sum()) != tensor.numel:  # the record's digest vouches for the rest
+            raise DamagedImage(tensor.problem() or f"tensor {name!r} is not whole")
         if rank is None and not number:
             catalog.tensors[name] = tensor
         if rank is not None or len(group) != len(rows):  # several groups of ranks hold one of this name each
@@ -80,6 +79,8 @@ def _by_group(raw: Mapping[str, Any], rows: Rows) -> list[Rows]:
     A record does not name the group. Groups are told apart by what cannot be of one tensor: a range that is there
     again. Groups that share a tensor cut it at the same places, since they are of one size.
     """
+    if len({tuple(row[2:]) for row in rows.tolist()}) == len(rows):
+        return [rows]
     boxes: dict[tuple[int, ...], int] = {}
     number = [boxes.setdefault(tuple(row[2:]), 0) for row in rows.tolist()]
     for at, row in enumerate(rows.tolist()):

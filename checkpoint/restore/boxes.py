@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from resilient.checkpoint.catalog.catalog import Tensor as Described
 from resilient.checkpoint.catalog.meet import Box, boxes_of_range, intersect, parts_of
-from resilient.checkpoint.catalog.table import FILE, OFFSET, START, STOP, row_major
+from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, PieceTable, row_major
 from resilient.checkpoint.copying import Move
 from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES
+from resilient.errors import DamagedImage
 
 _UNITS: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 _VIEWS: dict[int, torch.dtype] = {
@@ -35,7 +37,8 @@ _VIEWS: dict[int, torch.dtype] = {
 class BoxRange:
     """A stored piece of which a live tensor needs some: elements [start, stop), row-major, of the box (`at`, `sizes`).
 
-    They begin at `offset` in the image of old rank `image_rank`. `local` is the box `place` of the same global tensor.
+    They begin at `offset` in the image of old rank `image_rank`. `local` is the box `place` of the same global tensor,
+    and has `needed` of the elements.
     """
 
     image_rank: int
@@ -46,6 +49,7 @@ class BoxRange:
     sizes: tuple[int, ...]
     local: Tensor
     place: Box
+    needed: int
 
     @property
     def nbytes(self) -> int:
@@ -54,9 +58,7 @@ class BoxRange:
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes of the elements that are needed."""
-        found = [intersect(box, self.place) for box in self.boxes(self.start, self.stop)]
-        return sum(int(np.prod(box[1])) for box in found if box is not None) * self.local.element_size()
+        return self.needed * self.local.element_size()
 
     def boxes(self, start: int, stop: int) -> list[Box]:
         """Elements [start, stop) of the stored box, as boxes of the global tensor in the order of their bytes."""
@@ -71,14 +73,37 @@ def box_ranges(tensor: Described, local: Tensor, place: Box) -> list[BoxRange]:
 
     Raises DamagedImage where they do not make it up, ValueError for a place outside of the tensor.
     """
-    if not parts_of(tensor, *place):  # checked as a whole; empty where there is nothing to fill
+    if not local.numel():
         return []
-    d = tensor.pieces.dims
+    d, rows = tensor.pieces.dims, tensor.pieces.meeting(*place)
+    needed = _needed(np.ascontiguousarray(rows[:, START:]).tobytes(), tensor.shape, place)
+    if needed is None:
+        parts_of(tensor, *place)  # which says what is missing
     found = []
-    for row in tensor.pieces.meeting(*place).tolist():
-        at, sizes = tuple(row[4 : 4 + d]), tuple(row[4 + d : 4 + 2 * d])
-        found.append(BoxRange(row[FILE], row[OFFSET], row[START], row[STOP], at, sizes, local, place))
-    return [one for one in found if one.needed_bytes]
+    for number, row in enumerate(rows.tolist()):
+        if count := (needed or {}).get(number, 0):
+            at, sizes = tuple(row[BOX : BOX + d]), tuple(row[BOX + d : BOX + 2 * d])
+            found.append(BoxRange(row[FILE], row[OFFSET], row[START], row[STOP], at, sizes, local, place, count))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _needed(geometry: bytes, shape: tuple[int, ...], place: Box) -> dict[int, int] | None:
+    """How many elements of each of some pieces, by number, lie in a box; None where they do not make it up exactly.
+
+    `geometry` are their rows without where they are: the same for many tensors, such as a parameter and its moments.
+    """
+    cuts = np.frombuffer(geometry, dtype=np.int64).reshape(-1, BOX - START + 3 * len(shape))
+    rows = np.hstack([np.arange(len(cuts))[:, None], np.zeros((len(cuts), 1), np.int64), cuts])
+    table = PieceTable(len(shape), rows)
+    try:
+        parts = parts_of(Described(name="", kind="tensor", dtype="uint8", shape=shape, pieces=table), *place)
+    except DamagedImage:
+        return None
+    found: dict[int, int] = {}
+    for part in parts:
+        found[part.file] = found.get(part.file, 0) + part.numel
+    return found
 
 
 def needed_blocks(ranges: Iterable[BoxRange], image_bytes: int) -> NDArray[np.bool_]:
