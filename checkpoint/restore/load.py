@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from resilient.checkpoint.extras import columns_by_parameter
 from resilient.checkpoint.leaves import Leaf, Leaves, place_of
 from resilient.checkpoint.pieces import Piece
+from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxRange
 from resilient.checkpoint.restore.images import Stored
 from resilient.checkpoint.restore.scatter import Range
@@ -75,6 +76,19 @@ class Catalog:
 
 class CutOtherwise(LayoutMismatch):
     """The snapshot has the tensor, cut at other places than this job cuts it. Never leaves this package."""
+
+
+def is_cut_otherwise(record: Record, found: Leaves) -> bool:
+    """Whether a rank's own record is seen at once to be of a job that cut its tensors at other places.
+
+    Only a hint: False says nothing, since of what replicas share a rank may have saved nothing.
+    """
+    leaves = found.by_key()
+    for raw in record.pieces():
+        leaf = leaves.get(raw["key"]) if "nbytes" in raw else None
+        if leaf is not None and (tuple(raw["offsets"]), tuple(raw["sizes"])) != (leaf.box.offsets, leaf.box.sizes):
+            return True
+    return False
 
 
 def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list[Range]:

@@ -28,7 +28,7 @@ from resilient.checkpoint.record import parse_record
 from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, Place, decide
 from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
-from resilient.checkpoint.restore.load import Catalog, CutOtherwise, Proposal, propose
+from resilient.checkpoint.restore.load import Catalog, CutOtherwise, Proposal, is_cut_otherwise, propose
 from resilient.checkpoint.restore.reshape import Reshaper
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
@@ -307,7 +307,8 @@ class Restorer:
         record = read_record(store, step, rank, size)
         source = InStore(record, level, partial(read_image_range, store, record))
         opened.callback(source.close)
-        source.begin()
+        if not is_cut_otherwise(record, self._found):
+            source.begin()
         return Image(source)
 
     def _recover(self, step: int) -> int:
