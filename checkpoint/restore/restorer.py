@@ -159,10 +159,9 @@ class Restorer:
 
     def _reshape(self, decision: Decision, extras: Extras, began: float) -> tuple[Restored | None, Damaged]:
         """Take what this job needs of a snapshot that a job of another size has made."""
-        timeout_s = self._policy.write_timeout_s
         with ExitStack() as opened:
             reshaper = Reshaper(
-                self._client, self._world, self._state, self._found, self._stores, decision, opened, timeout_s
+                self._client, self._world, self._state, self._found, self._stores, decision, opened, self._policy
             )
             done, damaged = reshaper.run(extras, fresh=self._fresh)
         self._mixed = self._mixed or (reshaper.touched and bool(damaged))

@@ -44,6 +44,14 @@ def test_a_snapshot_is_restored_by_a_job_of_another_shape(pair: tuple[Shape, Sha
         assert levels == dict.fromkeys(range(size), "durable")
 
 
+def test_what_all_ranks_of_a_node_need_is_read_from_disk_once(tmp_path: Path) -> None:
+    run(jobs.save, 2, jobs.tensor_parallel, str(tmp_path / "run"), str(tmp_path))
+    images = sum(path.stat().st_size for path in (tmp_path / "run/step_00000002").glob("*.safetensors"))
+    found = run(jobs.restore, 3, jobs.ddp, str(tmp_path / "run"), str(tmp_path), 2)
+    # Once for all, and some for the objects and to compare what is replicated.
+    assert images <= sum(read for _, read in found) < 1.9 * images
+
+
 MEMORY = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
 
 

@@ -1,0 +1,277 @@
+"""The blocks of images of another job, from wherever they are, verified: for `reshape.py`.
+
+An image that this rank can reach is read directly, of it only the blocks that are needed; what several ranks of a node
+want of one is read by one of them (`sharing.py`). The others are sent by a rank that has them, block by block.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from resilient.checkpoint.agent.buffers import MappedImage
+from resilient.checkpoint.agent.client import AgentClient
+from resilient.checkpoint.agent.memory import private_memory
+from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_range, damaged_blocks
+from resilient.checkpoint.levels.image_io import read_fine_digests, read_image_range, read_record
+from resilient.checkpoint.levels.store import Store
+from resilient.checkpoint.record import Record
+from resilient.checkpoint.restore.boxes import BoxScatter, units
+from resilient.checkpoint.restore.decide import Damaged, Decision, level_of_other
+from resilient.checkpoint.restore.partial import Read, read_units, read_whole
+from resilient.checkpoint.restore.sharing import rounds_of
+from resilient.checkpoint.world import World
+from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError
+from resilient.policy import Policy
+
+_log = logging.getLogger("resilient")
+LOST = (DamagedImage, LevelFailed, FileNotFoundError)
+_ATTEMPTS = 3
+Use = Callable[[int, memoryview], None]
+Needs = Mapping[int, Any]
+"""Of each image which blocks of 64 KiB are needed."""
+
+
+@dataclass(slots=True)
+class Opened:
+    """An image of the other job that this rank can read itself. `fine` None: it is verified by whole blocks."""
+
+    record: Record
+    read: Read
+    fine: bytes | None = None
+
+
+class Blocks:
+    """The images of one decision. Made and used on the training thread of every rank; `gather` is collective."""
+
+    def __init__(
+        self,
+        client: AgentClient,
+        world: World,
+        stores: Mapping[str, Store],
+        decision: Decision,
+        opened: ExitStack,
+        policy: Policy,
+    ) -> None:
+        self._client = client
+        self._world = world
+        self._stores = stores
+        self._decision = decision
+        self._opened = opened
+        self._policy = policy
+        self._size = len(decision.places)
+        self._images: dict[int, Opened] = {}
+        self.read_bytes = 0
+
+    def speaker(self, rank: int) -> int:
+        """The rank that reads what all must know of an image, and sends it to those who cannot reach it."""
+        holders = self._decision.places[rank].holders
+        return holders[0] if holders else rank % self._world.world_size
+
+    def open(self, rank: int) -> Opened:
+        """An image that this rank can reach."""
+        if rank not in self._images:
+            step, level = self._decision.step, self._decision.places[rank].level
+            if level in ("memory", "parity"):
+                slot = self._recover(rank) if level == "parity" else None
+                mapped = self._opened.enter_context(self._client.map_image(rank, step, self._size, slot_id=slot))
+                self._images[rank] = Opened(mapped.record, lambda offset, into: mapped.read(offset, [into]))
+            else:
+                store = self._stores[level]
+                record = read_record(store, step, rank, self._size)
+                fine = read_fine_digests(store, record)
+                self._images[rank] = Opened(record, partial(read_image_range, store, record), fine)
+        return self._images[rank]
+
+    def _recover(self, rank: int) -> int:
+        """An image that nodes are lost with, fetched or decoded into the memory of this node's agent; its slot."""
+        try:
+            slot = self._client.recover(self._decision.step, self._policy.write_timeout_s, rank, self._size)
+        except TimeoutError as error:
+            raise LevelFailed(str(error)) from error
+        self._opened.callback(self._release, slot)
+        return slot
+
+    def _release(self, slot: int) -> None:
+        with suppress(ResilientError):
+            self._client.release(slot)
+
+    def gather(
+        self,
+        uses: "Mapping[int, BoxScatter | Held | Nothing]",
+        records: Mapping[int, Record],
+        needs: Needs,
+    ) -> Damaged:
+        """Bring the needed blocks of images to `uses`, by image; then agree on what cannot be used. Collective."""
+        remote = {
+            rank: [begin // BLOCK_BYTES for begin, _ in units(needs[rank], records[rank].image_bytes, fine=False)]
+            for rank in uses
+            if not self._reaches(rank)
+        }
+        bad, done = self._read_together(uses, records, needs)
+        near = [rank for rank in uses if rank not in remote and rank not in done]
+        bad |= self._world.together(lambda: {k: v for rank in near for k, v in self.read(rank, uses, needs).items()})
+        rows = self._world.gather([bad, remote])
+        found = {int(rank): text for row, _ in rows for rank, text in row.items()}
+        if not found:
+            for rank, numbers in _union(wanted for _, wanted in rows):
+                use = uses.get(rank) if rank in remote else None
+                found |= self._send(rank, numbers, records[rank], use.take if use is not None else None)
+        return self.as_damaged(found)
+
+    def _read_together(
+        self, uses: Mapping[int, Any], records: Mapping[int, Record], needs: Needs
+    ) -> tuple[dict[int, str], set[int]]:
+        """Images that several ranks of a node want, read by one of them. What cannot be used, and what is done."""
+        world = self._world
+        mine = {rank: int(needs[rank].sum()) * FINE_BYTES for rank in uses if self._is_stored(rank)}
+        told = [{int(rank): nbytes for rank, nbytes in row.items()} for row in world.gather(mine)]
+        sizes = {rank: record.image_bytes for rank, record in records.items()}
+        bad: dict[int, str] = {}
+        done: set[int] = set()
+        for turn in rounds_of(told, sizes, world.nodes):
+            problems, ready = self._share(turn, uses, records, needs)
+            bad |= problems
+            done |= ready
+        return bad, done
+
+    def _share(
+        self, turn: Mapping[int, int], uses: Mapping[int, Any], records: Mapping[int, Record], needs: Needs
+    ) -> tuple[dict[int, str], set[int]]:
+        """One round: each reader reads its image, then all take what they need of those of their node."""
+        world, mine = self._world, turn.get(self._world.rank)
+        slot, problem = world.together(lambda: (0, "") if mine is None else self._read_for_all(mine, records))
+        rows = world.gather([slot, problem])
+        near = {image: rows[rank] for rank, image in turn.items() if world.nodes[rank] == world.node}
+        ready = {image: found for image, (found, _) in near.items() if found and image in uses}
+        world.together(lambda: self._read_shared(ready, uses, needs))
+        if slot:
+            self._release(slot)
+        return {image: text for image, (_, text) in near.items() if text}, set(ready)
+
+    def _is_stored(self, rank: int) -> bool:
+        """Whether this rank would read an image from a disk or a bucket."""
+        return self._reaches(rank) and self._decision.places[rank].level in ("local", "durable")
+
+    def _read_for_all(self, rank: int, records: Mapping[int, Record]) -> tuple[int, str]:
+        """A whole image into the memory of the agent, for all ranks of this node: the slot that it is in.
+
+        0 where there is no room for it: then each reads for itself. Or why the image cannot be used.
+        """
+        record, level = records[rank], self._decision.places[rank].level
+        try:
+            slot = self._client.scratch(record.image_bytes, self._policy.budget_bytes(record.image_bytes))
+        except OverBudget:
+            return 0, ""
+        try:
+            read_whole(record, level, self.open(rank).read, slot.view[: record.image_bytes])
+        except LOST as error:
+            self._release(slot.id)
+            return 0, str(error) or type(error).__name__
+        self.read_bytes += record.image_bytes
+        self._client.adopt(slot.id, record.step, record)
+        return slot.id, ""
+
+    def _read_shared(self, slots: Mapping[int, int], uses: Mapping[int, Any], needs: Needs) -> None:
+        """Take from images in the agent's memory, which another rank has verified there."""
+        for rank, slot in slots.items():
+            with self._client.map_image(rank, self._decision.step, self._size, slot_id=slot) as mapped:
+                record = mapped.record
+                wanted = units(needs[rank], record.image_bytes, fine=True)
+
+                def read(offset: int, into: memoryview, mapped: MappedImage = mapped) -> None:
+                    mapped.read(offset, [into])
+
+                read_units(record, "memory", read, wanted, None, uses[rank].take, verified=True)
+
+    def _reaches(self, rank: int) -> bool:
+        holders = self._decision.places[rank].holders
+        return not holders or self._world.rank in holders
+
+    def read(self, rank: int, uses: Mapping[int, Any], needs: Needs) -> dict[int, str]:
+        """Give the needed blocks of an image that this rank can reach to their use; why that failed, if it did."""
+        try:
+            one = self.open(rank)
+            wanted = units(needs[rank], one.record.image_bytes, fine=one.fine is not None)
+            level, use = self._decision.places[rank].level, uses[rank].take
+            self.read_bytes += read_units(one.record, level, one.read, wanted, one.fine, use)
+        except LOST as error:
+            return {rank: str(error) or type(error).__name__}
+        return {}
+
+    def _send(self, rank: int, numbers: list[int], record: Record, use: Use | None) -> dict[int, str]:
+        """One image's blocks from its speaker to all; those who want them use them once all have them verified."""
+        source = self.speaker(rank)
+        window = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        for number in numbers:
+            begin, end = block_range(number, record.image_bytes)
+            part = window[: end - begin]
+            for _ in range(_ATTEMPTS):
+                problem = self._fill_window(rank, begin, part) if self._world.rank == source else ""
+                self._world.broadcast(part, source)
+                view = part.numpy().data
+                bad = not problem and damaged_blocks(view, record.blocks, begin)
+                problems = self._world.gather("it arrived damaged" if bad else problem)
+                if not any(problems):
+                    break
+            else:
+                return {rank: next(text for text in problems if text)}
+            if use is not None:
+                use(begin, memoryview(view).cast("B"))
+        return {}
+
+    def _fill_window(self, rank: int, begin: int, part: torch.Tensor) -> str:
+        try:
+            self.open(rank).read(begin, memoryview(part.numpy().data).cast("B"))
+            return ""
+        except LOST as error:
+            return str(error) or type(error).__name__
+
+    def as_damaged(self, problems: Mapping[int, str]) -> Damaged:
+        step = self._decision.step
+        for rank, text in problems.items():
+            level = self._decision.places[rank].level
+            _log.warning("step %d, rank %d of %d at level %s cannot be used: %s", step, rank, self._size, level, text)
+        same = self._size == self._world.world_size
+        levels = {rank: self._decision.places[rank].level for rank in problems}
+        return frozenset(
+            (step, rank, level if same else level_of_other(level, self._size)) for rank, level in levels.items()
+        )
+
+
+class Held:
+    """Blocks of an image at their places in an otherwise empty one."""
+
+    def __init__(self, image_bytes: int) -> None:
+        self.view = private_memory(image_bytes)  # of the system only what is written
+
+    def take(self, begin: int, portion: memoryview) -> None:
+        self.view[begin : begin + portion.nbytes] = portion
+
+
+class Nothing:
+    """For blocks that are only to be verified."""
+
+    def take(self, begin: int, portion: memoryview) -> None:
+        """Nothing."""
+
+
+def blocks_of(spans: list[tuple[int, int]], image_bytes: int) -> Any:
+    needed = np.zeros(-(-image_bytes // FINE_BYTES), dtype=np.bool_)
+    for begin, end in spans:
+        needed[begin // FINE_BYTES : -(-end // FINE_BYTES)] = True
+    return needed
+
+
+def _union(rows: Iterable[dict[str, list[int]]]) -> list[tuple[int, list[int]]]:
+    """The blocks that any rank wants to be sent, by image."""
+    found: dict[int, set[int]] = {}
+    for row in rows:
+        for rank, numbers in row.items():
+            found.setdefault(int(rank), set()).update(numbers)
+    return [(rank, sorted(numbers)) for rank, numbers in sorted(found.items())]
