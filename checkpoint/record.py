@@ -5,7 +5,8 @@ member is the digest of all the text that follows, so that a record edited by ha
 
     {"digest":"<32 hex>",
     "format":"resilient","version":1,"run_id":"..","life":"..","step":100,"rank":3,"world_size":8,"plan_digest":"..",
-    "image":{"name":"..","bytes":N,"block_bytes":4194304,"algorithm":"xxh3_128","blocks":["..",..],"encoding":null,"data_start":4096,"fine":"<32 hex>"},
+    "image":{"name":"..","bytes":N,"block_bytes":4194304,"algorithm":"xxh3_128","blocks":["..",..],"encoding":null,
+    "data_start":4096,"fine":"<32 hex>"},
     "software":{..},"pieces":[..]}
 
 `pieces` is text made once per plan (`checkpoint/plan.py`) and put in as it is; `docs/format.md` describes each member.

@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from threading import Lock
 
 from resilient.checkpoint.levels.direct import DirectWriter, read_into
@@ -34,6 +35,7 @@ _ADVICE = {
     errno.EIO: "the disk reports an error: look into the kernel's log and use another disk",
     errno.ENAMETOOLONG: "use a shorter folder name",
 }
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "9p", "virtiofs", "afs"}
 _counter = itertools.count()
 _removing: defaultdict[str, Lock] = defaultdict(Lock)  # by root: threads must not remove what one has just made
 
@@ -47,6 +49,10 @@ class FileStore(Store):
         self._lock = Lock()
         self._removing = _removing[self.root]
         self._known: set[str] = set()  # folders whose own entry is on the medium
+
+    @cached_property
+    def is_near(self) -> bool:
+        return _kind_of_file_system(self.root) not in _NETWORK
 
     def write(self, name: str, chunks: Iterable[memoryview], *, exclusive: bool = False) -> None:
         """See Store. Chunks should be page-aligned views of 1 MiB and more; they must not change until this returns."""
@@ -178,6 +184,18 @@ class FileStore(Store):
             except OSError:  # not empty, or in use: both are in order
                 return
             folder = os.path.dirname(folder)
+
+
+def _kind_of_file_system(folder: str) -> str:
+    """Its name in the kernel's list of mounts: that of the longest mount point that leads to the folder."""
+    found, longest = "", -1
+    with suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            point, kind = line.split(" ")[1:3]
+            point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point).rstrip("/")
+            if f"{folder}/".startswith(f"{point}/") and len(point) >= longest:
+                found, longest = kind, len(point)
+    return found
 
 
 def _make_above(folder: str) -> None:

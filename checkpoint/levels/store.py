@@ -18,6 +18,11 @@ class Store(ABC):
 
     url: str
 
+    @property
+    def is_near(self) -> bool:
+        """Whether reading costs no network, so that processes of a machine may each read the same without harm."""
+        return False
+
     @abstractmethod
     def write(self, name: str, chunks: Iterable[memoryview], *, exclusive: bool = False) -> None:
         """Store `chunks`, one after the other, under `name`; blocks until they are durable.

@@ -129,7 +129,7 @@ class Blocks:
     ) -> tuple[dict[int, str], set[int]]:
         """Images that several ranks of a node want, read by one of them. What cannot be used, and what is done."""
         world = self._world
-        mine = {rank: int(needs[rank].sum()) * FINE_BYTES for rank in uses if self._is_stored(rank)}
+        mine = {rank: int(needs[rank].sum()) * FINE_BYTES for rank in uses if self._is_far(rank)}
         told = [{int(rank): nbytes for rank, nbytes in row.items()} for row in world.gather(mine)]
         sizes = {rank: record.image_bytes for rank, record in records.items()}
         bad: dict[int, str] = {}
@@ -154,9 +154,10 @@ class Blocks:
             self._release(slot)
         return {image: text for image, (_, text) in near.items() if text}, set(ready)
 
-    def _is_stored(self, rank: int) -> bool:
-        """Whether this rank would read an image from a disk or a bucket."""
-        return self._reaches(rank) and self._decision.places[rank].level in ("local", "durable")
+    def _is_far(self, rank: int) -> bool:
+        """Whether this rank would read an image over a network. A disk of the machine is as quick as its memory."""
+        level = self._decision.places[rank].level
+        return self._reaches(rank) and level in self._stores and not self._stores[level].is_near
 
     def _read_for_all(self, rank: int, records: Mapping[int, Record]) -> tuple[int, str]:
         """A whole image into the memory of the agent, for all ranks of this node: the slot that it is in.

@@ -1,4 +1,4 @@
-"""Images on a disk or in a bucket that several ranks of a node want: one of them reads, the others read its memory.
+"""Images behind a network that several ranks of a node want: one of them reads, the others read its memory.
 
 Which images, and who reads them, is decided by all from what all have told; so every rank knows the rounds.
 """

@@ -115,7 +115,7 @@ def train(job: Job, steps: int) -> None:
 
 
 @contextmanager
-def checkpointing(url: Path, job: Job, policy: resilient.Policy = EVERY_STEP) -> Iterator[Checkpointer]:
+def checkpointing(url: Path | str, job: Job, policy: resilient.Policy = EVERY_STEP) -> Iterator[Checkpointer]:
     """A Checkpointer that is closed at the end without leaving an agent behind, also when a test fails."""
     checkpointer = Checkpointer(str(url), job.state, policy)
     try:

@@ -49,7 +49,7 @@ def _start(
     body: Callable[..., Any], rank: int, world_size: int, folder: str, arguments: tuple[Any, ...], nodes: Sequence[str]
 ) -> _Row:
     ours, theirs = _context.Pipe()
-    settings = {name: value for name, value in os.environ.items() if name.startswith("RESILIENT_")}
+    settings = {name: value for name, value in os.environ.items() if name.startswith(("RESILIENT_", "AWS_"))}
     if nodes:
         settings["RESILIENT_NODE"] = nodes[rank]
     process = _context.Process(

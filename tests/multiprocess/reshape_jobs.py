@@ -116,7 +116,7 @@ def restore(
 ) -> tuple[dict[int, str], int]:
     """Restore into a fresh job of another shape; compare; train on and save again. The levels, and bytes read."""
     job = made(make, 2)
-    with checkpointing(Path(url), job, policy) as checkpointer:
+    with checkpointing(url, job, policy) as checkpointer:
         assert checkpointer.restore() == 2
         done = checkpointer.last_restore
         assert done is not None
@@ -149,7 +149,7 @@ def go_back(make: Make, url: str, folder: str, saved_by: int, where: str) -> lis
     What the error said, if there was one; the state is then as it was. Else it is that of the first step.
     """
     job = made(make, 2)
-    with checkpointing(Path(url), job, NEVER) as checkpointer:
+    with checkpointing(url, job, NEVER) as checkpointer:
         assert checkpointer.restore() == 2
         train(job, 1)
         if _rank() == 0:

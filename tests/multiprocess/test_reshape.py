@@ -1,5 +1,6 @@
 """A snapshot of one job restored by another, of more or fewer ranks, or cut another way: bit for bit."""
 
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +9,13 @@ from pathlib import Path
 import pytest
 
 import resilient
+from resilient.checkpoint.formats.registry import open_source
+from resilient.checkpoint.formats.source import Reference
 from tests.checkpoint.jobs import Job
 from tests.multiprocess import reshape_jobs as jobs
 from tests.multiprocess.ranks import run
 from tests.multiprocess.test_parity import lose
+from tests.s3_server import BUCKET, KEY, SECRET, running_server
 
 pytestmark = pytest.mark.usefixtures("runtime_dir")
 
@@ -44,10 +48,19 @@ def test_a_snapshot_is_restored_by_a_job_of_another_shape(pair: tuple[Shape, Sha
         assert levels == dict.fromkeys(range(size), "durable")
 
 
-def test_what_all_ranks_of_a_node_need_is_read_from_disk_once(tmp_path: Path) -> None:
-    run(jobs.save, 2, jobs.tensor_parallel, str(tmp_path / "run"), str(tmp_path))
-    images = sum(path.stat().st_size for path in (tmp_path / "run/step_00000002").glob("*.safetensors"))
-    found = run(jobs.restore, 3, jobs.ddp, str(tmp_path / "run"), str(tmp_path), 2)
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL in a real S3 server, which every process that starts now can reach."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running_server().port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    return f"s3://{BUCKET}/{secrets.token_hex(6)}"
+
+
+def test_what_all_ranks_of_a_node_need_comes_over_the_network_once(bucket: str, tmp_path: Path) -> None:
+    run(jobs.save, 2, jobs.tensor_parallel, bucket, str(tmp_path))
+    images = sum(file.nbytes for file in open_source(Reference(url=bucket)).catalog.files)
+    found = run(jobs.restore, 3, jobs.ddp, bucket, str(tmp_path), 2)
     # Once for all, and some for the objects and to compare what is replicated.
     assert images <= sum(read for _, read in found) < 1.9 * images
 
