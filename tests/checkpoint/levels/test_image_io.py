@@ -14,7 +14,7 @@ from resilient.checkpoint.levels.image_io import (
     write_image,
 )
 from resilient.checkpoint.levels.store import MemoryStore
-from resilient.checkpoint.names import digests_name, image_name, record_name
+from resilient.checkpoint.names import complete_steps, digests_name, image_name, record_name
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, LevelFailed, NewerFormat, NotACheckpoint, PolicyError
 from tests.conformance.store_contract import get, put
