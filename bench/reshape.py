@@ -20,7 +20,7 @@ from bench.processes import Failure, launch
 from bench.report import Report, Rounds, Target, ratio
 from bench.settings import Settings
 
-PAIRS = (("tensor parallel", 2, "ddp", 2), ("fsdp", 2, "plain", 1))
+PAIRS = (("fsdp", 4, "fsdp", 2), ("fsdp", 2, "fsdp", 4), ("tensor parallel", 2, "ddp", 2), ("fsdp", 2, "plain", 1))
 MIB = 1 << 20
 SLICE = "1 MiB of a 64 MiB tensor"
 
@@ -67,8 +67,13 @@ def load(*, folder: str, store: str, shape: str, kind: str, times: int) -> dict[
         wanted = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
         return _timed(lambda: dcp.load(wanted, checkpoint_id=f"{store}/dcp"))
 
+    acts: dict[str, Callable[[], float]] = {
+        "limit": lambda: _timed(lambda: _read(files, buffer)),
+        "ours": ours,
+        "dcp": theirs,
+    }
     for _ in range(times):
-        for name, act in (("limit", lambda: _timed(lambda: _read(files, buffer))), ("ours", ours), ("dcp", theirs)):
+        for name, act in acts.items():
             if _rank() == 0:
                 evict(Path(store))
             _barrier()

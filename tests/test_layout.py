@@ -92,7 +92,8 @@ def test_the_wheel_brings_nothing_but_resilient(wheel_names: list[str]) -> None:
 
 
 def test_the_wheel_brings_all_of_resilient(wheel_names: list[str]) -> None:
-    expected = {"resilient/py.typed"}
+    presets = (ROOT / "checkpoint" / "catalog" / "presets").iterdir()
+    expected = {"resilient/py.typed", *(f"resilient/checkpoint/catalog/presets/{path.name}" for path in presets)}
     for path in sources():
         name = path.relative_to(ROOT)
         if name.parts[0] in ROOMS:

@@ -26,7 +26,8 @@ from typing import Any
 from resilient.checkpoint.agent.claiming import ClaimKeeper
 from resilient.checkpoint.agent.images import Images, Plan
 from resilient.checkpoint.agent.loop import Loop
-from resilient.checkpoint.agent.protecting import Member, Protecting
+from resilient.checkpoint.agent.other_nodes import NOTHING, Answer, OtherNodes, rank_of
+from resilient.checkpoint.agent.protecting import Protecting
 from resilient.checkpoint.agent.protocol import (
     PROTOCOL,
     Message,
@@ -51,13 +52,9 @@ from resilient.checkpoint.agent.snapshots import (
     Tell,
 )
 from resilient.checkpoint.agent.writing import OpenStore, Stores, Writing
-from resilient.checkpoint.peers.transport import Address
 from resilient.checkpoint.record import Record
-from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError, UrlInUse, UsageError
+from resilient.errors import ResilientError, UrlInUse, UsageError
 from resilient.policy import Policy
-
-Answer = tuple[Message, list[int]]
-NOTHING: Answer = ({}, [])
 
 log = logging.getLogger(__name__)
 
@@ -98,12 +95,7 @@ class Node:
             "adopt": self._adopt,
             "release": self._release,
             "restored": self._restored,
-            "token": lambda _session, _message: ({"token": self.protecting.token}, []),
-            "listen": self._listen,
-            "join": self._join,
-            "recoverable": self._recoverable,
-            "others": self._others,
-            "recover": self._recover,
+            **OtherNodes(self).operations(),
             "flush": self._flush,
             "status": lambda _session, _message: (self._status(), []),
             "bye": self._bye,
@@ -330,23 +322,23 @@ class Node:
             software={str(key): str(value) for key, value in software.items()} if isinstance(software, dict) else {},
             life=text(message, "life"),
         )
-        return self.images.plan(_rank(session), plan)
+        return self.images.plan(rank_of(session), plan)
 
     def _begin(self, session: Session, message: Message) -> Answer:
-        self.images.begin(_rank(session), session.number, whole(message, "slot"), whole(message, "step"))
+        self.images.begin(rank_of(session), session.number, whole(message, "slot"), whole(message, "step"))
         return NOTHING
 
     def _filled(self, session: Session, message: Message) -> Answer:
-        self.images.filled(_rank(session), whole(message, "slot"), whole(message, "step"), whole(message, "upto"))
+        self.images.filled(rank_of(session), whole(message, "slot"), whole(message, "step"), whole(message, "upto"))
         return NOTHING
 
     def _seal(self, session: Session, message: Message) -> Answer:
         slot, step = whole(message, "slot"), whole(message, "step")
-        self.images.seal(_rank(session), slot, step, whole(message, "image_bytes"), texts(message, "levels"))
+        self.images.seal(rank_of(session), slot, step, whole(message, "image_bytes"), texts(message, "levels"))
         return NOTHING
 
     def _abort(self, session: Session, message: Message) -> Answer:
-        self.images.abort(_rank(session), whole(message, "slot"), text(message, "reason"))
+        self.images.abort(rank_of(session), whole(message, "slot"), text(message, "reason"))
         return NOTHING
 
     def _complete(self, session: Session, message: Message) -> Answer:
@@ -372,81 +364,19 @@ class Node:
     def _scratch(self, session: Session, message: Message) -> Answer:
         taken = whole(message, "taken") if message.get("taken") is not None else None
         image_bytes, budget_bytes = whole(message, "image_bytes"), whole(message, "budget_bytes")
-        return self.images.scratch(_rank(session), image_bytes, budget_bytes, taken)
+        return self.images.scratch(rank_of(session), image_bytes, budget_bytes, taken)
 
     def _adopt(self, session: Session, message: Message) -> Answer:
-        self.images.adopt(_rank(session), whole(message, "slot"), whole(message, "step"), text(message, "record"))
+        self.images.adopt(rank_of(session), whole(message, "slot"), whole(message, "step"), text(message, "record"))
         return NOTHING
 
     def _release(self, session: Session, message: Message) -> Answer:
-        self.images.release(_rank(session), whole(message, "slot"))
+        self.images.release(rank_of(session), whole(message, "slot"))
         return NOTHING
 
     def _restored(self, session: Session, message: Message) -> Answer:
-        self.images.restored(_rank(session), whole(message, "slot"))
+        self.images.restored(rank_of(session), whole(message, "slot"))
         return NOTHING
-
-    # --- other nodes
-
-    def _listen(self, session: Session, message: Message) -> Answer:
-        assert self.policy is not None
-        node, token, host = (text(message, key) for key in ("node", "token", "host"))
-        address = self.protecting.listen(node, token, host, self.policy)
-        return {"host": address.host, "port": address.port}, []
-
-    def _join(self, session: Session, message: Message) -> Answer:
-        raw, groups = message.get("members"), message.get("groups")
-        if not isinstance(raw, list) or not isinstance(groups, list):
-            raise ProtocolError("members or groups are no lists")
-        members = [Member(text(each, "node"), Address(text(each, "host"), whole(each, "port"))) for each in raw]
-        numbers = [wholes({"group": group}, "group") for group in groups]
-        if any(number >= len(members) for group in numbers for number in group):
-            raise ProtocolError("a group has members that there are not")
-        self.protecting.join(members, numbers, whole(message, "m"))
-        return NOTHING
-
-    def _recoverable(self, session: Session, message: Message) -> None:
-        request_id = whole(message, "id")
-        self.protecting.recoverable(
-            _rank(session),
-            lambda steps: session.send({"id": request_id, "ok": True, "steps": steps}),
-            lambda error: session.send(error_reply(request_id, error)),
-        )
-
-    def _others(self, session: Session, message: Message) -> None:
-        request_id = whole(message, "id")
-        self.protecting.images_of_others(
-            whole(message, "world_size"),
-            lambda found: session.send({"id": request_id, "ok": True, "images": [list(one) for one in found]}),
-            lambda error: session.send(error_reply(request_id, error)),
-        )
-
-    def _recover(self, session: Session, message: Message) -> None:
-        """Into a scratch slot, which is adopted: the trainer maps it as it maps any image."""
-        rank, step, request_id = _rank(session), whole(message, "step"), whole(message, "id")
-        image_rank = whole(message, "image_rank") if message.get("image_rank") is not None else rank
-        world_size = whole(message, "world_size") if message.get("world_size") is not None else None
-
-        def make_room(nbytes: int) -> tuple[int, memoryview]:
-            if session.closed or self.policy is None:
-                raise LevelFailed(f"the trainer of rank {rank} is gone")
-            return self.images.room(rank, nbytes, self.policy.budget_bytes(nbytes))
-
-        def done(slot: int, record: Record) -> None:
-            self.images.leave_room(rank, slot, keep=not session.closed)
-            if not session.closed:
-                self.images.adopt(rank, slot, step, record.text())
-                session.send({"id": request_id, "ok": True, "slot": slot})
-            self.settle()
-
-        def failed(slot: int, error: ResilientError) -> None:
-            if slot:
-                self.images.leave_room(rank, slot, keep=False)
-            said = error if isinstance(error, OverBudget | DamagedImage) else LevelFailed(str(error))
-            session.send(error_reply(request_id, said))
-            self.settle()
-
-        self.protecting.recover(image_rank, step, world_size, make_room, done, failed)
 
     # --- the rest
 
@@ -455,7 +385,7 @@ class Node:
 
     def _bye(self, session: Session, message: Message) -> Answer:
         if message.get("keep") is False:
-            self._byes.add(_rank(session))
+            self._byes.add(rank_of(session))
         return NOTHING
 
     def _status(self) -> Message:
@@ -482,11 +412,6 @@ class Node:
             "fds": len(os.listdir("/proc/self/fd")),
             "resident_bytes": _resident_bytes(),
         }
-
-
-def _rank(session: Session) -> int:
-    assert session.rank is not None
-    return session.rank
 
 
 def _level(message: Message) -> str:

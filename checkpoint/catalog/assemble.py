@@ -73,6 +73,8 @@ def assemble(name: str, cut: Cut, held: Sequence[Held], itemsize: int) -> tuple[
         held = _where(held, first if cut.how == "unique" else {axis: first.get(axis, 0) for axis in cut.averaged})
     slices = _by_slice(name, cut, held)
     whole = _Whole.of(name, cut, {key: copies[0].shape for key, copies in slices.items()})
+    if not math.prod(whole.shape):
+        return whole.shape, [StoredPiece(piece=Piece.whole(whole.shape), file=held[0].file, offset=held[0].offset)]
     pieces: list[StoredPiece] = []
     for number, (key, copies) in enumerate(sorted(slices.items())):
         regions = list(whole.regions(key))

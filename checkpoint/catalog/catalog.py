@@ -64,7 +64,11 @@ class Tensor:
         return self.numel * self.itemsize
 
     def problem(self) -> str | None:
-        """Why the pieces are not the tensor; None where they are."""
+        """Why it is no tensor, or the pieces are not it; None where all is well."""
+        if not isinstance(self.name, str) or self.kind not in get_args(Kind) or self.dtype not in ITEMSIZES:
+            return f"tensor {self.name!r} is of a kind or dtype that is not known: {self.kind!r}, {self.dtype!r}"
+        if any(type(size) is not int for size in self.shape):
+            return f"tensor {self.name!r} has the shape {self.shape}"
         table, where = self.pieces, f"tensor {self.name!r} of shape {self.shape}"
         if table.dims != len(self.shape):
             return f"{where}: its pieces have {table.dims} dimensions"
@@ -250,6 +254,6 @@ def _tensor_of(raw: Mapping[str, Any], files: int) -> Tensor:
         parameter=raw.get("parameter", ""),
         state=raw.get("state", ""),
     )
-    if (tensor.pieces.corners[:, FILE] >= files).any():
+    if tensor.pieces.last_file >= files:
         raise DamagedImage(f"a piece of {name!r} is in a file that the checkpoint has not")
     return tensor

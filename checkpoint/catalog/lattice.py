@@ -7,7 +7,6 @@ what. A row is then `base + i * steps + j * steps' ...`, so that whatever is lin
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,9 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 Axes = tuple[tuple[int, tuple[int, ...]], ...]
 """(count, steps) of each axis, the innermost first."""
+
+Bound = tuple[tuple[int, ...], tuple[int, ...], int, int]
+"""Columns `low` and `high`, `begin` and `end`: a row is wanted where sum(low) < end and sum(high) > begin."""
 
 _MOST_ROWS = 1 << 24
 _MOST_AXES = 8
@@ -45,9 +47,14 @@ class Block:
 
     def corners(self) -> Rows:
         """The rows between which all others lie."""
-        ends = [((0,) * self.bases.shape[1], [(count - 1) * step for step in steps]) for count, steps in self.axes]
-        moves = np.array([[sum(c) for c in zip(*m, strict=True)] for m in product(*ends)] if ends else [0])
-        return (self.bases[:, None] + moves.astype(np.int64)[None]).reshape(-1, self.bases.shape[1])
+        moves = np.zeros((1, self.bases.shape[1]), dtype=np.int64)
+        for count, steps in self.axes:
+            moves = np.concatenate([moves, moves + (count - 1) * np.array(steps, dtype=np.int64)])
+        return (self.bases[:, None] + moves[None]).reshape(-1, self.bases.shape[1])
+
+    def most(self, column: int) -> int:
+        """The largest number of a column; there must be a row."""
+        return int(self.bases[:, column].max()) + sum(max(0, (count - 1) * steps[column]) for count, steps in self.axes)
 
     def total(self, column: int) -> int:
         """The sum of a column over all rows."""
@@ -82,25 +89,21 @@ def fold(rows: Rows) -> list[Block]:
         blocks = joined
 
 
-def clipped(
-    base: Sequence[int], axes: Axes, bounds: Sequence[tuple[Sequence[int], Sequence[int], int, int]]
-) -> tuple[list[int], Axes] | None:
-    """A lattice of one base without most of the rows that are not wanted; None where no row is.
-
-    `bounds`: of linear functions of a row, `low` and `high` by coefficients of columns, and `begin`, `end`; a row is
-    wanted where `low < end` and `high > begin` for all of them.
-    """
+def clipped(base: Sequence[int], axes: Axes, bounds: Sequence[Bound]) -> tuple[list[int], Axes] | None:
+    """A lattice of one base without most of the rows that are not wanted; None where no row is."""
     row = list(base)
     left = list(axes)
     for number in reversed(range(len(left))):
         count, steps = left[number]
         first, last = 0, count - 1
-        others = [axis for n, axis in enumerate(left) if n != number]
         for low, high, begin, end in bounds:
-            least = _dot(low, row) + sum(min(0, (n - 1) * _dot(low, s)) for n, s in others)
-            most = _dot(high, row) + sum(max(0, (n - 1) * _dot(high, s)) for n, s in others)
-            first, last = _until(least, _dot(low, steps), end, first, last)
-            first, last = _until(-most, -_dot(high, steps), -begin, first, last)
+            least, most = _total(low, row), _total(high, row)
+            for other, (times, moves) in enumerate(left):
+                if other != number:
+                    least += min(0, (times - 1) * _total(low, moves))
+                    most += max(0, (times - 1) * _total(high, moves))
+            first, last = _until(least, _total(low, steps), end, first, last)
+            first, last = _until(-most, -_total(high, steps), -begin, first, last)
             if first > last:
                 return None
         row = [value + first * step for value, step in zip(row, steps, strict=True)]
@@ -117,8 +120,11 @@ def _until(value: int, step: int, end: int, first: int, last: int) -> tuple[int,
     return (first, last) if value < end else (1, 0)
 
 
-def _dot(factors: Sequence[int], row: Sequence[int]) -> int:
-    return sum(factor * row[column] for column, factor in enumerate(factors) if factor)
+def _total(columns: tuple[int, ...], row: Sequence[int]) -> int:
+    total = 0
+    for column in columns:
+        total += row[column]
+    return total
 
 
 def _fold_once(block: Block) -> Iterator[Block]:

@@ -34,20 +34,21 @@ class Numbered:
 class Spec:
     """What a specification says. `axes`: of the job's mesh, the outermost first, as its ranks are numbered.
 
-    `sizes`: of axes, as far as they are known. `fallback`: the cuts of a preset, for names that no own cut matches.
+    `sizes`: of axes, as far as they are known. `fallback`: the cuts of a preset, for names that no own cut matches,
+    then those of the preset's own preset.
     """
 
     axes: tuple[str, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
     cuts: tuple[Cut, ...] = ()
-    fallback: tuple[Cut, ...] = ()
+    fallback: tuple[tuple[Cut, ...], ...] = ()
     numbered: tuple[Numbered, ...] = ()
     otherwise: How | None = None
     where: str = "the specification"
 
     def cut_of(self, fqn: str) -> Cut:
         """Raises UsageError where no cut matches and nothing is said of the others, and where two do."""
-        for cuts in (self.cuts, self.fallback):
+        for cuts in (self.cuts, *self.fallback):
             found = [cut for cut in cuts if cut.matches(fqn)]
             if len(found) > 1:
                 both = " and ".join(cut.text for cut in found)
@@ -69,7 +70,7 @@ class Spec:
             cut = self.cut_of(name)
             if shape is not None:
                 self._check_shape(name, cut, tuple(shape))
-        for cut in (*self.cuts, *self.fallback):
+        for cut in self.cuts:  # a preset may have more than a model needs
             if not cut.optional and not any(cut.matches(name) for name in known):
                 raise UsageError(f"{self.where}: {cut.text} matches no parameter (mark the cut `optional` if it may)")
 
@@ -94,7 +95,8 @@ class Spec:
                 return cut
             return replace(cut, padded=replace(cut.padded, size=size))
 
-        return replace(self, cuts=tuple(map(sized, self.cuts)), fallback=tuple(map(sized, self.fallback)))
+        fallback = tuple(tuple(map(sized, cuts)) for cuts in self.fallback)
+        return replace(self, cuts=tuple(map(sized, self.cuts)), fallback=fallback)
 
     def global_names(self, names: Sequence[tuple[Mapping[str, int], Iterable[str]]]) -> list[dict[str, str]]:
         """For each rank, given by coordinates and its parameters' names, what these are called in the whole model."""
@@ -158,7 +160,7 @@ def parse_spec(text: str, where: str = "the specification") -> Spec:
         axes=axes,
         sizes=door.sizes(mesh.get("sizes", {})),
         cuts=tuple(door.cut(one, number) for number, one in enumerate(door.rows(raw, "cut"))),
-        fallback=(*base.cuts, *base.fallback) if base else (),
+        fallback=(base.cuts, *base.fallback) if base else (),
         numbered=tuple(door.numbered(one) for one in door.rows(raw, "numbered")) or (base.numbered if base else ()),
         otherwise=cast(How | None, otherwise),
         where=where,

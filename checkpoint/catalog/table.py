@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from resilient.checkpoint.catalog.lattice import Block, Rows, clipped, fold, parse_block
+from resilient.checkpoint.catalog.lattice import Block, Bound, Rows, clipped, fold, parse_block
 from resilient.checkpoint.pieces import Piece
 
 __all__ = ["BOX", "FILE", "OFFSET", "START", "STOP", "PieceTable", "Rows", "StoredPiece", "row_major"]
@@ -85,6 +85,11 @@ class PieceTable:
         """Elements of all pieces together."""
         return sum(block.total(STOP) - block.total(START) for block in self._blocks)
 
+    @property
+    def last_file(self) -> int:
+        """The highest number of a file; -1 without pieces."""
+        return max((block.most(FILE) for block in self._blocks if len(block.bases)), default=-1)
+
     def meeting(self, begin: Sequence[int], extent: Sequence[int]) -> Rows:
         """The rows that share elements with a box that has some, and of flat ranges hardly any others besides."""
         found = [_meeting(rows, self.dims, begin, extent) for rows in self._candidates(begin, extent)]
@@ -112,22 +117,16 @@ class PieceTable:
                 if found is not None:
                     yield Block(np.array([found[0]], dtype=np.int64), found[1]).unfold()
 
-    def _bounds(
-        self, base: Sequence[int], block: Block, begin: Sequence[int], extent: Sequence[int]
-    ) -> list[tuple[list[int], list[int], int, int]]:
+    def _bounds(self, base: Sequence[int], block: Block, begin: Sequence[int], extent: Sequence[int]) -> list[Bound]:
         """What `clipped` is to look at: the box along each dimension, and, where all have one box, the flat range."""
         d = self.dims
-        found = []
-        for dim, (at, size) in enumerate(zip(begin, extent, strict=True)):
-            low, high = [0] * len(base), [0] * len(base)
-            low[BOX + dim] = high[BOX + dim] = high[BOX + d + dim] = 1
-            found.append((low, high, at, at + size))
+        found: list[Bound] = [
+            ((BOX + dim,), (BOX + dim, BOX + d + dim), at, at + size)
+            for dim, (at, size) in enumerate(zip(begin, extent, strict=True))
+        ]
         if d and not any(any(steps[BOX : BOX + 2 * d]) for _, steps in block.axes):
-            low, high = [0] * len(base), [0] * len(base)
-            low[START] = high[STOP] = 1
-            row = np.array([base], dtype=np.int64)
-            first, last = (int(one[0]) for one in _flat(row, d, begin, extent))
-            found.append((low, high, first, last + 1))
+            first, last = (int(one[0]) for one in _flat(np.array([base], dtype=np.int64), d, begin, extent))
+            found.append(((START,), (STOP,), first, last + 1))
         return found
 
 

@@ -13,6 +13,10 @@ from resilient.checkpoint.formats.source import Source
 
 _WASTE = 0.04  # of what is read, at most, may lie between the bytes that are wanted
 _SMALL_BYTES = 16 << 10  # a part that spans no more is read as it lies
+_TINY_BYTES = 512  # what is smaller, and ...
+_NEAR_BYTES = 4096  # ... no further apart, is read with what lies between: so does every medium
+_COPY_BYTES = 1 << 20
+_MOST_BYTES = 8 << 20  # that are held besides the caller's box
 _UNITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
@@ -62,24 +66,22 @@ def _fetch_part(source: Source, part: Part, target: Any, itemsize: int) -> None:
         return
     nbytes, span = part.numel * itemsize, part.span_bytes(itemsize)
     if span <= max(_SMALL_BYTES, nbytes * (1 + _WASTE)) or min(part.strides, default=1) <= 0:
+        if span > _MOST_BYTES:
+            for some, where in _split(part):
+                _fetch_part(source, some, target[where], itemsize)
+            return
         flat = _read(source, part.file, part.offset, span)
         target[...] = _strided(flat, part.sizes, part.strides, itemsize)
         return
     _fetch_runs(source, part, target, itemsize)
 
 
-def _fetch_runs(source: Source, part: Part, target: Any, itemsize: int) -> None:
-    """Along the dimension with the widest stride, each slice by itself: what lies between is not wanted."""
+def _split(part: Part) -> Iterator[tuple[Part, tuple[slice, ...]]]:
+    """A large part as smaller ones, along its widest stride, and where each is in it."""
     dim = max((d for d, size in enumerate(part.sizes) if size > 1), key=lambda d: part.strides[d])
-    inner = _without(part, dim, 0)
-    apart = part.strides[dim] - inner.span_bytes(itemsize)
-    together = max(1, min(part.sizes[dim], 1 + source.folder.gap_bytes // max(1, part.strides[dim])))
-    if apart <= 0 or together == 1:
-        for number in range(part.sizes[dim]):
-            _fetch_part(source, _without(part, dim, number), _slice(target, dim, number), itemsize)
-        return
-    for begin in range(0, part.sizes[dim], together):
-        count = min(together, part.sizes[dim] - begin)
+    rows = max(1, min(_MOST_BYTES // part.strides[dim], part.sizes[dim] // 2))
+    for begin in range(0, part.sizes[dim], rows):
+        count = min(rows, part.sizes[dim] - begin)
         some = Part(
             part.file,
             part.offset + begin * part.strides[dim],
@@ -87,23 +89,60 @@ def _fetch_runs(source: Source, part: Part, target: Any, itemsize: int) -> None:
             part.offsets,
             tuple(count if d == dim else size for d, size in enumerate(part.sizes)),
         )
-        flat = _read(source, some.file, some.offset, some.span_bytes(itemsize))
-        at = tuple(slice(begin, begin + count) if d == dim else slice(None) for d in range(len(part.sizes)))
-        target[at] = _strided(flat, some.sizes, some.strides, itemsize)
+        yield some, tuple(slice(begin, begin + count) if d == dim else slice(None) for d in range(len(part.sizes)))
 
 
-def _without(part: Part, dim: int, number: int) -> Part:
-    return Part(
-        part.file,
-        part.offset + number * part.strides[dim],
-        part.strides,
-        part.offsets,
-        tuple(1 if d == dim else size for d, size in enumerate(part.sizes)),
-    )
+def _fetch_runs(source: Source, part: Part, target: Any, itemsize: int) -> None:
+    """Piece by piece: the dimensions with the widest strides outside, and inside those whose elements lie together."""
+    order = sorted((d for d, size in enumerate(part.sizes) if size > 1), key=lambda d: -part.strides[d])
+    sizes, strides = [part.sizes[d] for d in order], [part.strides[d] for d in order]
+    wide = [d for d, size in enumerate(part.sizes) if size > 1]
+    view = target[tuple(slice(None) if size > 1 else 0 for size in part.sizes)]
+    view = view.transpose([wide.index(d) for d in order])
+    inner, span, nbytes = len(order), itemsize, itemsize
+    while inner > 1:
+        size, stride = sizes[inner - 1], strides[inner - 1]
+        wider = span + (size - 1) * stride
+        near = nbytes < _TINY_BYTES and stride <= _NEAR_BYTES and wider <= _COPY_BYTES
+        if wider > nbytes * size * (1 + _WASTE) and not near:
+            break
+        inner, span, nbytes = inner - 1, wider, nbytes * size
+    apart = strides[inner - 1]
+    through = _COPY_BYTES if nbytes < _TINY_BYTES and apart <= _NEAR_BYTES else source.folder.gap_bytes
+    together = 1 + through // apart
+    for index in np.ndindex(*sizes[: inner - 1]):
+        first = part.offset + sum(number * stride for number, stride in zip(index, strides, strict=False))
+        blocks = view[index]
+        if together > 1:
+            _fetch_through(source, part.file, first, together, blocks, strides[inner - 1 :], span)
+        else:
+            _fetch_blocks(source, part.file, first, blocks, strides[inner - 1 :], span)
 
 
-def _slice(target: Any, dim: int, number: int) -> Any:
-    return target[tuple(slice(number, number + 1) if d == dim else slice(None) for d in range(target.ndim))]
+def _fetch_through(
+    source: Source, file: int, first: int, together: int, blocks: Any, strides: list[int], span: int
+) -> None:
+    """So many blocks at once, and what lies between them: that is cheaper than to leave it out."""
+    itemsize = blocks.itemsize
+    for begin in range(0, len(blocks), together):
+        some = blocks[begin : begin + together]
+        flat = _read(source, file, first + begin * strides[0], (len(some) - 1) * strides[0] + span)
+        some[...] = _strided(flat, some.shape, tuple(strides), itemsize)
+
+
+def _fetch_blocks(source: Source, file: int, first: int, blocks: Any, strides: list[int], span: int) -> None:
+    """Each block by itself, several of them to a copy."""
+    at_once = max(1, _COPY_BYTES // span)
+    for begin in range(0, len(blocks), at_once):
+        some = blocks[begin : begin + at_once]
+        direct = some.flags.c_contiguous and some.nbytes == len(some) * span
+        flat: Any = some.reshape(-1).view(np.uint8) if direct else np.empty(len(some) * span, dtype=np.uint8)
+        buffer = memoryview(flat)
+        for number in range(len(some)):
+            offset = first + (begin + number) * strides[0]
+            source.read(file, offset, buffer[number * span : (number + 1) * span])
+        if not direct:
+            some[...] = _strided(flat, some.shape, (span, *strides[1:]), blocks.itemsize)
 
 
 def _read(source: Source, file: int, offset: int, nbytes: int) -> Any:

@@ -12,16 +12,19 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from resilient.checkpoint.levels.remote import RemoteStore
 from resilient.errors import DamagedImage, LevelFailed, UsageError
 
 PARTIAL = ".partial"  # the end of the name of a file that is being written
+JOURNAL = ".resilient-conversion.json"  # in a folder that a conversion has not filled yet (`converting/target.py`)
+_MOST_OPEN = 256  # files that are kept open; a process may often have no more than 1,024, and some formats have more
 _GAP_BYTES = {"local": 0, "remote": 1 << 20}
 
 
 class Folder:
     """See the module. `names` are relative, with `/`. A URL of one file is a folder with only that file in it.
 
-    Opened files are kept open until `close`. Reading may be done from several threads.
+    The first files that are opened are kept open until `close`. Reading may be done from several threads.
     """
 
     def __init__(self, url: str) -> None:
@@ -44,6 +47,15 @@ class Folder:
             return [self.only_file]
         found = self._list_local() if self.is_local else self._list_remote()
         return sorted(name for name in found if not name.endswith(PARTIAL))
+
+    @property
+    def root(self) -> str:
+        """The path, or the URL, below which the names are."""
+        return self._path
+
+    def path(self, name: str) -> str:
+        """The whole path, or URL, of a file. Raises DamagedImage for a name that leads out of the folder."""
+        return self._full(name)
 
     def where(self, name: str) -> str:
         """For messages."""
@@ -96,9 +108,8 @@ class Folder:
             if self.is_local:
                 self._write_local(name, chunks)
             else:
-                with self._fs.open(self._full(name), "wb") as out:
-                    for chunk in chunks:
-                        out.write(chunk)
+                parent, _, last = self._full(name).rpartition("/")
+                _AnyNames(parent).write(last, map(memoryview, chunks))
         except LevelFailed:
             raise
         except OSError as error:
@@ -123,7 +134,7 @@ class Folder:
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.url)[0]
+            return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]  # other processes write there, too
         except (ImportError, ValueError) as error:
             raise UsageError(f"{self.url}: {error}") from error
 
@@ -150,16 +161,22 @@ class Folder:
 
     def _list_remote(self) -> Iterable[str]:
         root = self._fs._strip_protocol(self.url).rstrip("/")
-        found = self._fs.find(root)
+        below = [name.removeprefix(root).lstrip("/") for name in self._fs.find(root) if not name.endswith("/")]
+        found = [name for name in below if name]  # without marks that stand for folders
         if not found:
             raise FileNotFoundError(errno.ENOENT, "nothing is there", self.url)
-        return [name.removeprefix(root).lstrip("/") for name in found]
+        return found
 
     def _read_some(self, name: str, offset: int, into: memoryview) -> int:
         if self.is_local:
             fd = self._files.get(name)
             if fd is None:
                 mine = os.open(self._full(name), os.O_RDONLY | os.O_CLOEXEC)
+                if len(self._files) >= _MOST_OPEN:
+                    try:
+                        return os.preadv(mine, [into], offset)
+                    finally:
+                        os.close(mine)
                 fd = self._files.setdefault(name, mine)
                 if fd != mine:  # another thread was quicker
                     os.close(mine)
@@ -189,3 +206,10 @@ class Folder:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+class _AnyNames(RemoteStore):
+    """A store for names of others, which may begin with a dot."""
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from resilient.checkpoint.catalog.catalog import ITEMSIZES
+from resilient.checkpoint.catalog.catalog import ITEMSIZES, Catalog, Tensor
+from resilient.checkpoint.formats.folder import Folder
 from resilient.checkpoint.formats.source import Source
 
 
@@ -16,13 +17,17 @@ from resilient.checkpoint.formats.source import Source
 class TensorBytes:
     """The bytes of a box of a tensor of the source, row-major, its values converted to `dtype`.
 
-    `name` is that in the catalog.
+    `name` is that in the catalog. `rank`: whose, of a tensor of which ranks have their own (`Catalog.own`).
     """
 
     name: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: str
+    rank: int | None = None
+
+    def tensor_in(self, catalog: Catalog) -> Tensor:
+        return catalog.tensors[self.name] if self.rank is None else catalog.own[self.name][self.rank]
 
     @property
     def nbytes(self) -> int:
@@ -42,14 +47,22 @@ class Checksum:
 
 Part = bytes | TensorBytes | Checksum
 
+Derive = Callable[[Folder], bytes]
+"""Makes a small file's contents from files of the target that are whole by then. Travels to workers: it pickles."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """A file to write. `last`: only when all others are there, for what makes them count (an index, a `latest`)."""
+    """A file to write. `last`: only when all others are there, for what makes them count (an index, a `latest`).
+
+    `derive`: instead of parts, for what is known only from bytes that were written (digests). It is called after the
+    outputs that come before it in the plan, or, of those that are `last`, after all others and the earlier `last` ones.
+    """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     last: bool = False
+    derive: Derive | None = None
 
     @property
     def nbytes(self) -> int:

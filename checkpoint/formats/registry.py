@@ -1,10 +1,10 @@
 """The formats, by name, and which one a place holds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
-from resilient.checkpoint.formats.folder import Folder
+from resilient.checkpoint.formats.folder import JOURNAL, Folder
 from resilient.checkpoint.formats.output import Plan
 from resilient.checkpoint.formats.source import Reference, Source
 from resilient.errors import NotACheckpoint, UsageError
@@ -62,7 +62,14 @@ def open_source(reference: Reference) -> Source:
     """
     folder = Folder(reference.url)
     try:
-        return format_of(reference.format or recognise(folder)).open_source(folder, reference)
+        if folder.has(JOURNAL):
+            raise NotACheckpoint(
+                f"{folder.url} is what an interrupted conversion left: run that once more to finish it"
+            )
+        name = reference.format or recognise(folder)
+        return format_of(name).open_source(
+            folder, replace(reference, format=name)
+        )  # workers need not recognise it again
     except BaseException:
         folder.close()
         raise

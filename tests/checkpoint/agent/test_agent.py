@@ -306,7 +306,17 @@ def test_scratch_beyond_the_budget_is_refused_and_a_released_one_is_used_again(s
     trainer.client.release(slot.id)
     assert trainer.client.scratch(90_000, budget_bytes=150_000).id == slot.id
     trainer.client.release(slot.id)
-    assert slot.id in {each.id for each in trainer.plan(95_000)}, "its pages are there already"
+    assert slot.id in {each.id for each in trainer.plan(100_000)}, "its pages are there already"
+
+
+def test_a_buffer_so_large_that_the_second_would_not_fit_beside_it_is_not_used_again(served: Served) -> None:
+    served.start()
+    trainer = Trainer()
+    slot = trainer.client.scratch(200_000, budget_bytes=300_000)
+    trainer.client.release(slot.id)
+    planned = trainer.plan(100_000)
+    assert len(planned) == 2
+    assert slot.id not in {each.id for each in planned}
 
 
 def test_scratch_after_a_plan_takes_a_free_slot_and_gives_it_back(served: Served) -> None:

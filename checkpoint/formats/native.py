@@ -1,0 +1,151 @@
+"""Snapshots of ours as a source and a sink of conversions: step folders with images, fine digests and records.
+
+What is read is verified (law 5): by the digests of 64 KiB where the record has them, else by whole blocks. The place is
+a level's URL, of which one complete step is opened, or a step's own folder. Here: finding a step and reading it. The
+bytes of one image are the business of `native_image.py`; writing is in `native_sink.py`; what a single image is, when
+there is nothing beside it, is for `hf_safetensors.py`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from resilient.checkpoint.catalog.catalog import Catalog
+from resilient.checkpoint.catalog.native import native_catalog
+from resilient.checkpoint.extras import columns_by_parameter
+from resilient.checkpoint.formats.folder import Folder
+from resilient.checkpoint.formats.native_image import MALFORMED, Kept, VerifiedImage, verify_image
+from resilient.checkpoint.formats.native_records import Place, check_lives, place_of, read_records
+from resilient.checkpoint.formats.native_sink import plan as plan
+from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
+from resilient.checkpoint.levels.open import open_store
+from resilient.checkpoint.levels.store import Store
+from resilient.checkpoint.names import complete_steps, parse_record_name, record_name, records_by_step, step_folder
+from resilient.checkpoint.record import Record
+from resilient.errors import DamagedImage, NotACheckpoint
+
+_RECORD = re.compile(r"^rank_\d{5,}-of-\d{5,}\.json$")
+
+
+def recognise(folder: Folder) -> bool:
+    """Whether records lie there, in folders of steps or, where it is the folder of a step, at its top."""
+    of_step = place_of(folder.url).step is not None
+    return any(_RECORD.match(name) if of_step else parse_record_name(name) for name in folder.names)
+
+
+def open_source(folder: Folder, reference: Reference) -> "NativeSource":
+    """A complete step, the newest if none is named.
+
+    Raises NotACheckpoint where there is no such step, DamagedImage for records that are damaged or of two lives,
+    NewerFormat, LevelFailed.
+    """
+    place = place_of(folder.url)
+    if place.step is not None:
+        folder.close()
+        folder = Folder(place.url)
+    store = open_store(place.url)
+    step, world_size = _step_to_open(store, place, reference.step)
+    try:
+        records = read_records(store, step, range(world_size), world_size)
+        check_lives(store.url, step, records)
+        kept = Kept()
+        images = {rank: VerifiedImage(store, record, kept) for rank, record in records.items()}
+        catalog = native_catalog(records, {rank: image.data_start for rank, image in images.items()})
+        return NativeSource(reference, folder, catalog, store, images)
+    except MALFORMED as error:
+        raise DamagedImage(
+            f"{store.url}: the records of step {step} are not as the format says ({type(error).__name__}: {error})"
+        ) from error
+
+
+class NativeSource(Source):
+    """One snapshot. `records` by rank."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        folder: Folder,
+        catalog: Catalog,
+        store: Store,
+        images: Mapping[int, VerifiedImage],
+    ) -> None:
+        super().__init__(reference, folder, catalog)
+        self.store = store
+        self.records: dict[int, Record] = {rank: image.record for rank, image in images.items()}
+        self._images = images
+        self._objects: dict[int, dict[str, Any]] = {}
+        self._complete_groups()
+
+    def read(self, file: int, offset: int, into: memoryview) -> None:
+        self._images[file].read(offset, into)
+
+    def objects(self, rank: int = 0) -> dict[str, Any]:
+        """As they were given to `save`; under `resilient.rng` the random generators.
+
+        Of an optimizer `state` (what is no tensor, by parameter) and what else docs/format.md names.
+        """
+        rank = rank if rank in self._images else 0
+        if rank not in self._objects:
+            found = self._images[rank].objects()
+            for item in self.catalog.groups.keys() & found.keys():
+                found[item] = {**found[item], "state": columns_by_parameter(found[item]["state"])}
+            self._objects[rank] = found
+        return self._objects[rank]
+
+    def verify(self, progress: Progress) -> Iterator[Finding]:
+        for record in self.records.values():
+            yield from verify_image(self.store, record, progress)
+
+    def _complete_groups(self) -> None:
+        """The records have the names of the parameters of each group, the objects their hyperparameters."""
+        for item, groups in self.catalog.groups.items():
+            saved = self.objects().get(item, {}).get("param_groups", [])
+            if len(saved) != len(groups):
+                raise DamagedImage(
+                    f"{self.store.url}, step {self.catalog.step}: optimizer {item!r} has {len(groups)} groups of "
+                    f"parameters in the record and {len(saved)} among the objects"
+                )
+            for group, values in zip(groups, saved, strict=True):
+                group.update(values)
+
+
+def step_at(reference: Reference) -> tuple[Store, int] | None:
+    """Where a snapshot of ours lies and which step `open_source` would open; None where there is none of ours."""
+    folder = Folder(reference.url)
+    try:
+        if reference.format not in (None, "native") or folder.only_file is not None or not recognise(folder):
+            return None
+    finally:
+        folder.close()
+    place = place_of(reference.url)
+    store = open_store(place.url)
+    return store, _step_to_open(store, place, reference.step)[0]
+
+
+def _step_to_open(store: Store, place: Place, asked: int | None) -> tuple[int, int]:
+    """(step, world size). Raises NotACheckpoint."""
+    url, wanted = place.url, asked if place.step is None else place.step
+    names = store.list() if wanted is None else store.list(step_folder(wanted))
+    complete = complete_steps(names)
+    if wanted is None:
+        if not complete:
+            raise NotACheckpoint(f"{url} has no complete step{_incomplete(records_by_step(names))}")
+        step = max(complete)
+        return step, complete[step]
+    if wanted not in complete:
+        found = records_by_step(names)
+        known = ", ".join(map(str, sorted(complete_steps(store.list())))) or "none"
+        why = _incomplete({wanted: found[wanted]}) if wanted in found else ""
+        raise NotACheckpoint(f"{url} has no complete step {wanted}{why}; complete are: {known}")
+    return wanted, complete[wanted]
+
+
+def _incomplete(found: Mapping[int, Mapping[int, set[int]]]) -> str:
+    """What is missing of the newest of these steps, for a message."""
+    if not found:
+        return ""
+    step = max(found)
+    world_size, ranks = max(found[step].items(), key=lambda item: len(item[1]))
+    missing = sorted(set(range(world_size)) - ranks)
+    first = record_name(step, missing[0], world_size) if missing else ""
+    return f" (of step {step} the records of {len(missing)} of {world_size} ranks are missing, first {first})"
