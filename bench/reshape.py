@@ -37,7 +37,8 @@ def save(*, folder: str, store: str, shape: str, kind: str) -> dict[str, Any]:
     checkpointer = resilient.Checkpointer(f"{store}/ours", state, resilient.Policy(durable_every=1))
     checkpointer.save(1).durable("durable").result()
     checkpointer.close()
-    dcp.save(dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=f"{store}/dcp")
+    both: dict[str, Any] = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(both, checkpoint_id=f"{store}/dcp")
     return {"saved": True}
 
 
@@ -64,7 +65,7 @@ def load(*, folder: str, store: str, shape: str, kind: str, times: int) -> dict[
         return seconds
 
     def theirs() -> float:
-        wanted = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+        wanted: dict[str, Any] = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
         return _timed(lambda: dcp.load(wanted, checkpoint_id=f"{store}/dcp"))
 
     acts: dict[str, Callable[[], float]] = {
