@@ -97,7 +97,7 @@ def parse_record(text: str | bytes, where: str) -> Record:
     """The record in `text`; `where` names it in errors.
 
     Raises NotACheckpoint for anything that is no record of ours, NewerFormat for a later version, DamagedImage for a
-    record whose text was changed.
+    record whose text was changed, or that lacks a member.
     """
     if isinstance(text, bytes):
         try:
@@ -108,6 +108,15 @@ def parse_record(text: str | bytes, where: str) -> Record:
     claimed, _, rest = text.removeprefix(_HEAD).partition('",\n')
     if digest(rest.encode()) != claimed:
         raise DamagedImage(f"{where} was changed after it was written: its digest does not match; use another snapshot")
+    try:
+        return _record(raw, rest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedImage(
+            f"{where} lacks a member, or has one of another type ({error}); use another snapshot"
+        ) from error
+
+
+def _record(raw: dict[str, Any], rest: str) -> Record:
     image = raw["image"]
     return Record(
         run_id=raw["run_id"],

@@ -1,6 +1,6 @@
 """The catalog of a snapshot of ours, from the records of all ranks: a merged index, and never the truth (law 3)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +36,25 @@ def native_catalog(records: Mapping[int, Record], begins: Mapping[int, int]) -> 
                 rows.setdefault(key, []).append(_row(raw, rank, begins[rank]))
             elif "alias_of" in raw:
                 catalog.aliases[raw["key"]] = raw["alias_of"]
-            elif "optimizer" in raw and raw["optimizer"] not in catalog.groups:
-                catalog.groups[raw["optimizer"]] = [{"params": list(names)} for names in raw["groups"]]
+            elif "optimizer" in raw:
+                _add_groups(catalog, raw["optimizer"], raw["groups"])
     for key, raw in described.items():
         _add(catalog, key, raw, np.array(rows[key], dtype=np.int64))
     for name, own in catalog.own.items():
         if name not in catalog.tensors:
             catalog.add(own[min(own)])
     return catalog
+
+
+def _add_groups(catalog: Catalog, item: str, groups: Sequence[list[str]]) -> None:
+    """Groups of the same number belong together: pipeline stages have each their own parameters in them."""
+    known = catalog.groups.setdefault(item, [])
+    for number, names in enumerate(groups):
+        if number == len(known):
+            known.append({"params": list(names)})
+        elif known[number]["params"] != names:
+            there = set(known[number]["params"])
+            known[number]["params"] += [name for name in names if name not in there]
 
 
 def _row(raw: Mapping[str, Any], rank: int, begins: int) -> list[int]:

@@ -97,16 +97,24 @@ class NativeSource(Source):
             yield from verify_image(self.store, record, progress)
 
     def _complete_groups(self) -> None:
-        """The records have the names of the parameters of each group, the objects their hyperparameters."""
+        """The records have the names of the parameters of each group, the objects their hyperparameters.
+
+        Those of rank 0, and where it has fewer groups (a pipeline's stages have optimizers of their own) of the others.
+        """
         for item, groups in self.catalog.groups.items():
-            saved = self.objects().get(item, {}).get("param_groups", [])
-            if len(saved) != len(groups):
+            done = 0
+            for rank in sorted(self._images):
+                saved = self.objects(rank).get(item, {}).get("param_groups", [])
+                for group, values in zip(groups[done:], saved[done:], strict=False):
+                    group.update(values)
+                done = max(done, len(saved))
+                if done >= len(groups):
+                    break
+            if done != len(groups):
                 raise DamagedImage(
                     f"{self.store.url}, step {self.catalog.step}: optimizer {item!r} has {len(groups)} groups of "
-                    f"parameters in the record and {len(saved)} among the objects"
+                    f"parameters in the records and {done} among the objects"
                 )
-            for group, values in zip(groups, saved, strict=True):
-                group.update(values)
 
 
 def step_at(reference: Reference) -> tuple[Store, int] | None:

@@ -33,6 +33,8 @@ PAIRS: list[tuple[Shape, Shape]] = [
     ((jobs.hsdp, 4), (jobs.tensor_parallel, 2)),
     ((jobs.tensor_parallel, 2), (jobs.ddp, 2)),
     ((jobs.ddp, 2), (jobs.fsdp, 2)),
+    ((jobs.pipeline, 3), (jobs.pipeline, 2)),
+    ((jobs.pipeline, 2), (jobs.pipeline, 1)),
 ]
 
 

@@ -91,6 +91,14 @@ def test_groups_of_ranks_with_the_same_names_are_told_apart() -> None:
     }
 
 
+def test_the_groups_of_pipeline_stages_are_joined() -> None:
+    stages = [[["a", "b"], ["c"]], [["d"], ["c", "e"]], [["a", "b"], ["c"], ["f"]]]
+    ranks = [[piece("w", 0, 8, own=True), {"optimizer": "adam", "groups": groups}] for groups in stages]
+    assert catalog_of(*ranks).groups == {
+        "adam": [{"params": ["a", "b", "d"]}, {"params": ["c", "e"]}, {"params": ["f"]}]
+    }
+
+
 def test_optimizer_state_groups_and_tied_names_are_there() -> None:
     state = piece("adam.state.model.w.exp_avg", 0, 8, kind="optimizer", parameter="model.w", name="exp_avg", mesh=False)
     groups = {"optimizer": "adam", "groups": [["model.w"], []]}
