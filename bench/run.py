@@ -22,6 +22,7 @@ NAMES = (
     "levels",
     "planning",
     "reshape",
+    "verify",
     "memory",
     "transport",
     "codec",
