@@ -6,6 +6,7 @@ checkout is put last on the path, so that tests, and processes that they spawn, 
 """
 
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -15,6 +16,12 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
+
+
+# A shell starts what it puts into the background with SIGINT ignored, and every child inherits that: tests that
+# interrupt a process would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_a_job_that_loses_a_trainer_and_then_a_node_comes_back_each_time_and_end
 def test_an_interrupted_demo_leaves_no_process_and_no_folder() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         never = ("--die-at-step", "1000", "--lose-at-step", "1000")
-        demo = start_demo(temporary, "--steps", "60", *never, "--timeout-s", "180")
+        demo = start_demo(temporary, "--steps", "30", *never, "--timeout-s", "180")
         deadline = time.monotonic() + 180
         while not any(Path(temporary).glob("*/disturbed/result.json.steps")):
             assert time.monotonic() < deadline, "the second run made no step"
