@@ -93,6 +93,7 @@ def load(*, folder: str, store: str, shape: str, kind: str, times: int) -> dict[
 def read_slice(*, folder: str, rows: int) -> dict[str, Any]:
     """Bytes that are read for the first rows of a saved tensor of 64 MiB, by us and by DCP."""
     import torch
+    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     import resilient
@@ -114,7 +115,10 @@ def read_slice(*, folder: str, rows: int) -> dict[str, Any]:
     theirs = _sharded(rows)
     before = _bytes_read()
     dcp.load({"weight": theirs}, checkpoint_id=f"{folder}/dcp", no_dist=True)
-    return {"ours": {"read": ours / part.nbytes}, "dcp": {"read": (_bytes_read() - before) / part.nbytes}}
+    read = _bytes_read() - before
+    dist.destroy_process_group()  # what it said of our rank was not so
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return {"ours": {"read": ours / part.nbytes}, "dcp": {"read": read / part.nbytes}}
 
 
 def _sharded(rows: int) -> Any:
