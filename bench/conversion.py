@@ -22,7 +22,7 @@ from bench.settings import Settings
 STAGES = (1, 3)
 OURS, ALONE, THEIRS = "resilient", "resilient, one process", "ds_to_universal"
 METHODS = tuple(f"ZeRO-{stage}: {method}" for stage in STAGES for method in (OURS, ALONE, THEIRS))
-_STATED_BYTES = 64 << 20  # `convert.WORKER_BYTES`: the most that a worker takes beyond its program
+_STATED_BYTES = 80 << 20  # `convert.WORKER_BYTES`: the most that a worker takes beyond its program
 _IDLE = """
 import time
 import resilient.checkpoint.formats.convert, resilient.checkpoint.formats.deepspeed

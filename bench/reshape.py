@@ -305,7 +305,7 @@ def _report(rounds: Rounds) -> Report:
         targets += [
             Target(what=f"{name}: speed / raw read", value=rows[name][0], bound=0.85, at_most=False),
             Target(what=f"{name}: time / DCP's load", value=rows[name][1], bound=1.0),
-            Target(what=f"{name}: bytes read / needed", value=rows[name][2], bound=1.05),
+            Target(what=f"{name}: bytes read / needed", value=rows[name][2], bound=1.1),
         ]
     slices = [_middle(rounds, SLICE, f"{who} read") for who in ("ours", "dcp")]
     rows[SLICE] = [None, None, *slices]

@@ -28,7 +28,7 @@ from resilient.errors import UsageError
 __all__ = ["WORKER_BYTES", "Report", "convert"]
 
 _MOST_WORKERS = 8
-_BYTES_PER_WORKER = 256 << 20  # below this a process costs more than it brings
+_BYTES_PER_WORKER = 512 << 20  # below this a process, which has to import torch, costs more than it brings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

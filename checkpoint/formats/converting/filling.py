@@ -32,7 +32,7 @@ from resilient.checkpoint.formats.source import Source
 from resilient.checkpoint.formats.values import convert_values
 from resilient.errors import LevelFailed, ResilientError
 
-WORKER_BYTES = 64 << 20
+WORKER_BYTES = 80 << 20
 """A chunk, its copy where the source has it in other strides or compressed, and what a conversion of values takes."""
 
 
