@@ -41,7 +41,7 @@ class DcpSource(Source):
         self.metadata = metadata
         self.blobs = Blobs(folder)
         self._values: dict[bytes, Any] = {}
-        _check_files(folder, metadata)
+        check_files(folder, metadata)
         self._leaves = Leaves(
             is_tensor=_is_tensor, is_stored=_is_stored, pieces=self.blobs.pieces, load=self._load, same=_same
         )
@@ -146,7 +146,7 @@ def _lists(value: Any) -> Any:
     return [made.get(number) for number in range(max(made) + 1)]
 
 
-def _check_files(folder: Folder, metadata: Metadata) -> None:
+def check_files(folder: Folder, metadata: Metadata) -> None:
     """Raises DamagedImage for a file that is not there, or ends before a blob does."""
     sizes: dict[str, int] = {}
     for key, blob in _all_blobs(metadata):

@@ -14,7 +14,7 @@ import torch
 
 from resilient.checkpoint.catalog.catalog import ITEMSIZES, Catalog, Kind, Tensor
 from resilient.checkpoint.catalog.spec import Cut, parse_spec
-from resilient.checkpoint.formats.deepspeed_files import TorchFiles, malformed
+from resilient.checkpoint.formats.deepspeed_files import FilesSource, TorchFiles, malformed
 from resilient.checkpoint.formats.deepspeed_model import ModelStates, check_steps, read_layer, read_model
 from resilient.checkpoint.formats.deepspeed_names import Files, check_ranks, sort_files, tag_folder, tags_of
 from resilient.checkpoint.formats.deepspeed_objects import objects_of, real
@@ -22,7 +22,7 @@ from resilient.checkpoint.formats.deepspeed_parallel import Cuts, joined, univer
 from resilient.checkpoint.formats.deepspeed_plain import plain_optimizer
 from resilient.checkpoint.formats.deepspeed_zero import MASTER, Partitions, Ranges, RankFile, zero_1_or_2, zero_3
 from resilient.checkpoint.formats.folder import Folder
-from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
+from resilient.checkpoint.formats.source import Reference
 from resilient.checkpoint.formats.stored import StoredTensor
 from resilient.errors import DamagedImage, NotACheckpoint
 
@@ -55,23 +55,8 @@ def open_source(folder: Folder, reference: Reference) -> "DeepSpeedSource":
         return _Opening(folder, reference, files, torch_files).source()
 
 
-class DeepSpeedSource(Source):
+class DeepSpeedSource(FilesSource):
     """See the module."""
-
-    def __init__(
-        self, reference: Reference, folder: Folder, catalog: Catalog, files: TorchFiles, objects: dict[str, Any]
-    ) -> None:
-        super().__init__(reference, folder, catalog)
-        self._files = files
-        self._objects = objects
-
-    def objects(self, rank: int = 0) -> dict[str, Any]:
-        """Those of rank 0; DeepSpeed keeps no other's. `deepspeed_objects.py` lists them."""
-        return self._objects
-
-    def verify(self, progress: Progress) -> Iterator[Finding]:
-        """By the CRC-32 that torch.save leaves beside each tensor's bytes."""
-        return self._files.verify(self.catalog, progress)
 
 
 class _Opening:

@@ -17,7 +17,7 @@ from resilient.checkpoint.catalog.catalog import Catalog, File
 from resilient.checkpoint.catalog.table import FILE, OFFSET
 from resilient.checkpoint.formats.deepspeed_zero import RankFile
 from resilient.checkpoint.formats.folder import Folder
-from resilient.checkpoint.formats.source import Finding, Progress
+from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
 from resilient.checkpoint.formats.stored import StoredTensor
 from resilient.checkpoint.formats.torch_zip import Archive, open_archive
 from resilient.errors import DamagedImage, LevelFailed
@@ -137,3 +137,22 @@ def _span(stored: StoredTensor) -> int:
     if not stored.numel:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(stored.shape, stored.strides, strict=True))
+
+
+class FilesSource(Source):
+    """A checkpoint in torch files: what DeepSpeed writes, and its universal form."""
+
+    def __init__(
+        self, reference: Reference, folder: Folder, catalog: Catalog, files: TorchFiles, objects: dict[str, Any]
+    ) -> None:
+        super().__init__(reference, folder, catalog)
+        self._files = files
+        self._objects = objects
+
+    def objects(self, rank: int = 0) -> dict[str, Any]:
+        """Those of rank 0; DeepSpeed keeps no other's. `deepspeed_objects.py` lists them."""
+        return self._objects
+
+    def verify(self, progress: Progress) -> Iterator[Finding]:
+        """By the CRC-32 that torch.save leaves beside each tensor's bytes."""
+        return self._files.verify(self.catalog, progress)

@@ -13,6 +13,7 @@ from resilient.checkpoint.catalog.catalog import Catalog, File, Kind, Tensor
 from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, PieceTable, Rows
 from resilient.checkpoint.formats.dcp_blobs import Blobs
 from resilient.checkpoint.formats.dcp_metadata import Metadata, StoredBytes, TensorEntry, read_metadata
+from resilient.checkpoint.formats.dcp_source import check_files
 from resilient.checkpoint.formats.folder import Folder
 from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
 from resilient.checkpoint.formats.state_catalog import loaded
@@ -45,7 +46,7 @@ class MegatronDist(Source):
     def __init__(self, reference: Reference, folder: Folder) -> None:
         super().__init__(reference, folder, Catalog(format="megatron"))
         self.metadata: Metadata = read_metadata(folder, extra=_ignored())
-        _check_files(folder, self.metadata)
+        check_files(folder, self.metadata)
         self.blobs = Blobs(folder)
         self.common: dict[str, Any] = {}
         self._keys: dict[str, str] = {}
@@ -139,21 +140,6 @@ class MegatronDist(Source):
             )
         if any(step is not None for step in steps):
             self.catalog.files.append(File(_COMMON, self.folder.size(_COMMON)))
-
-
-def _check_files(folder: Folder, metadata: Metadata) -> None:
-    """Raises DamagedImage for a file that is not there, or ends before what should lie in it."""
-    sizes: dict[str, int] = {}
-    for key, entry in metadata.entries.items():
-        blobs = [entry.blob] if isinstance(entry, StoredBytes) else [chunk.blob for chunk in entry.chunks]
-        for blob in blobs:
-            if blob.name not in sizes:
-                sizes[blob.name] = folder.size(blob.name) if folder.has(blob.name) else -1
-            if blob.offset + blob.nbytes > sizes[blob.name]:
-                raise DamagedImage(
-                    f"{folder.where(blob.name)} is not there or was cut short: {key!r} should lie in it, at "
-                    f"{blob.offset} with {blob.nbytes} bytes"
-                )
 
 
 def _is_nothing(value: Any) -> bool:

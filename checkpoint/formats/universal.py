@@ -12,14 +12,14 @@ from typing import Any
 from resilient.checkpoint.catalog.catalog import ITEMSIZES, Catalog, Kind, Tensor
 from resilient.checkpoint.catalog.spec import Cut
 from resilient.checkpoint.catalog.table import PieceTable, StoredPiece
-from resilient.checkpoint.formats.deepspeed_files import TorchFiles, malformed
+from resilient.checkpoint.formats.deepspeed_files import FilesSource, TorchFiles, malformed
 from resilient.checkpoint.formats.deepspeed_model import ModelStates, read_model
 from resilient.checkpoint.formats.deepspeed_names import OPTIMIZER_STATE, Files, sort_files, tag_folder, tags_of
 from resilient.checkpoint.formats.deepspeed_objects import objects_of
 from resilient.checkpoint.formats.deepspeed_parallel import joined
 from resilient.checkpoint.formats.deepspeed_zero import MASTER, RankFile
 from resilient.checkpoint.formats.folder import Folder
-from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
+from resilient.checkpoint.formats.source import Reference
 from resilient.checkpoint.formats.stored import StoredTensor
 from resilient.checkpoint.formats.universal_sink import NUMBERS, OTHER_STATES
 from resilient.checkpoint.formats.universal_sink import plan as plan
@@ -45,23 +45,8 @@ def open_source(folder: Folder, reference: Reference) -> "UniversalSource":
         return _Opening(folder, reference, prefix, TorchFiles(folder, trust=reference.trust_pickle)).source()
 
 
-class UniversalSource(Source):
+class UniversalSource(FilesSource):
     """See the module."""
-
-    def __init__(
-        self, reference: Reference, folder: Folder, catalog: Catalog, files: TorchFiles, objects: dict[str, Any]
-    ) -> None:
-        super().__init__(reference, folder, catalog)
-        self._files = files
-        self._objects = objects
-
-    def objects(self, rank: int = 0) -> dict[str, Any]:
-        """Those of rank 0; the format keeps no other's. `deepspeed_objects.py` lists them."""
-        return self._objects
-
-    def verify(self, progress: Progress) -> Iterator[Finding]:
-        """By the CRC-32 that torch.save leaves beside each tensor's bytes."""
-        return self._files.verify(self.catalog, progress)
 
 
 class _Opening:
