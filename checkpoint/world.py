@@ -57,18 +57,28 @@ class World:
         Another rank's error is raised as the same class if it is one of ours, else as `otherwise`. Collective.
         """
         results: list[T] = []
+
+        def done() -> None:
+            results.append(work())
+
+        self.gather_results(done, otherwise)
+        return results[0]
+
+    def gather_results(self, work: Callable[[], Any], otherwise: type[ResilientError] = RestoreError) -> list[Any]:
+        """As `together`, in the same one message what each rank's part returned: JSON values, in order of rank."""
+        result: Any = None
         failure: Exception | None = None
         try:
-            results.append(work())
+            result = work()
         except Exception as error:  # whatever it is, a user's load_state_dict's too, the other ranks must not wait
             failure = error
-        outcomes = self.gather(None if failure is None else [type(failure).__name__, str(failure)])
+        outcomes = self.gather([None if failure is None else [type(failure).__name__, str(failure)], result])
         if failure is not None:
             raise failure
-        for rank, outcome in enumerate(outcomes):
-            if outcome is not None:
-                raise _error_named(outcome[0], otherwise)(f"rank {rank}: {outcome[1]}")
-        return results[0]
+        for rank, (problem, _) in enumerate(outcomes):
+            if problem is not None:
+                raise _error_named(problem[0], otherwise)(f"rank {rank}: {problem[1]}")
+        return [value for _, value in outcomes]
 
     def broadcast(self, data: torch.Tensor, source: int) -> None:
         """Send a uint8 host tensor from one rank to all others, in place; all ranks call it."""

@@ -115,8 +115,9 @@ class Blocks:
         }
         bad, done = self._read_together(uses, records, needs)
         near = [rank for rank in uses if rank not in remote and rank not in done]
-        bad |= self._world.together(lambda: {k: v for rank in near for k, v in self.read(rank, uses, needs).items()})
-        rows = self._world.gather([bad, remote])
+        rows = self._world.gather_results(
+            lambda: [bad | {k: v for rank in near for k, v in self.read(rank, uses, needs).items()}, remote]
+        )
         found = {int(rank): text for row, _ in rows for rank, text in row.items()}
         if not found:
             for rank, numbers in _union(wanted for _, wanted in rows):
@@ -145,8 +146,8 @@ class Blocks:
     ) -> tuple[dict[int, str], set[int]]:
         """One round: each reader reads its image, then all take what they need of those of their node."""
         world, mine = self._world, turn.get(self._world.rank)
-        slot, problem = world.together(lambda: (0, "") if mine is None else self._read_for_all(mine, records))
-        rows = world.gather([slot, problem])
+        rows = world.gather_results(lambda: (0, "") if mine is None else self._read_for_all(mine, records))
+        slot = rows[world.rank][0]
         near = {image: rows[rank] for rank, image in turn.items() if world.nodes[rank] == world.node}
         ready = {image: found for image, (found, _) in near.items() if found and image in uses}
         world.together(lambda: self._read_shared(ready, uses, needs))

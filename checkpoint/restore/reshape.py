@@ -68,8 +68,7 @@ class Reshaper:
         records, begins, damaged = self._records()
         if damaged:
             return None, damaged
-        catalog = self._world.together(lambda: Reshaped(records, begins, self._world.rank))
-        self._check_names(catalog)
+        catalog = self._catalog(records, begins)
         damaged = self._find_replicas(catalog, records)
         if damaged:
             return None, damaged
@@ -78,8 +77,12 @@ class Reshaper:
         damaged = self._blocks.gather({chosen: tail}, records, {chosen: ends})
         if damaged:
             return None, damaged
-        image = self._world.together(lambda: Image(InMemory(records[chosen], "", tail.view, verified=True)))
-        proposal = self._world.together(lambda: propose(self._state, self._found, catalog, image.objects))
+
+        def proposed() -> tuple[Image, Proposal]:
+            image = Image(InMemory(records[chosen], "", tail.view, verified=True))
+            return image, propose(self._state, self._found, catalog, image.objects)
+
+        image, proposal = self._world.together(proposed)
         wanted = _by_image(proposal)
         needs = {rank: needed_blocks(ranges, records[rank].image_bytes) for rank, ranges in wanted.items()}
         if not fresh:
@@ -104,7 +107,7 @@ class Reshaper:
         """The records of all images, and where their data starts: each is read by one rank and told to all."""
         world = self._world
         mine = [rank for rank in range(self._size) if self._blocks.speaker(rank) == world.rank]
-        rows = world.gather(world.together(lambda: {rank: self._described(rank) for rank in mine}))
+        rows = world.gather_results(lambda: {rank: self._described(rank) for rank in mine})
         told = {int(rank): one for row in rows for rank, one in row.items()}
         records = {rank: parse_record(text, "a record") for rank, (text, _, problem) in told.items() if not problem}
         begins = {rank: start for rank, (_, start, problem) in told.items() if not problem}
@@ -129,18 +132,25 @@ class Reshaper:
 
     # ---- names
 
-    def _check_names(self, catalog: Reshaped) -> None:
-        """What was saved of the models must have its place on some rank."""
-        tied = sorted(set(self._found.aliases) & set(catalog.described.tensors))
-        rows = self._world.gather([catalog.missing(self._found), tied])
+    def _catalog(self, records: Mapping[int, Record], begins: Mapping[int, int]) -> Reshaped:
+        """What is there. Raises LayoutMismatch for what was saved of the models and has its place on no rank."""
+        made: list[Reshaped] = []
+
+        def names() -> list[list[str]]:
+            made.append(Reshaped(records, begins, self._world.rank))
+            tied = sorted(set(self._found.aliases) & set(made[0].described.tensors))
+            return [made[0].missing(self._found), tied]
+
+        rows = self._world.gather_results(names)
         nowhere = set.intersection(*(set(missing) for missing, _ in rows))
         if nowhere:
             raise LayoutMismatch(f"the snapshot has tensor {min(nowhere)!r}, which this job's state does not have")
-        for _, names in rows:
-            if names:
+        for _, shared in rows:
+            if shared:
                 raise LayoutMismatch(
-                    f"tensor {names[0]!r} is one with another in this job (tied), but not in the snapshot"
+                    f"tensor {shared[0]!r} is one with another in this job (tied), but not in the snapshot"
                 )
+        return made[0]
 
     def _find_replicas(self, catalog: Reshaped, records: Mapping[int, Record]) -> Damaged:
         """Tell the catalog which parameters are the same on all ranks that have one each: replicas by convention.
@@ -153,7 +163,7 @@ class Reshaper:
             return frozenset()
         world, size = self._world, self._size
         mine = [rank for rank in range(size) if self._blocks.speaker(rank) == world.rank]
-        rows = world.gather(world.together(lambda: [self._digests(rank, doubtful, records) for rank in mine]))
+        rows = world.gather_results(lambda: [self._digests(rank, doubtful, records) for rank in mine])
         bad = {rank: problem for row in rows for rank, _, problem in row if problem}
         digests: dict[str, dict[str, list[str]]] = {}
         for name, piece, text in (each for row in rows for _, found, _ in row for each in found):

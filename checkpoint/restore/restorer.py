@@ -190,7 +190,7 @@ class Restorer:
     def _facts(self) -> list[Facts]:
         """Where every rank's images are. Only rank 0 lists the durable level, for all."""
         world = self._world
-        rows = world.gather(self._world.together(self._look))
+        rows = world.gather_results(self._look)
         durable = dict(rows[0]["durable"])
         ours = tuple(step for step, size in durable.items() if size == world.world_size)
         others = {step: size for step, size in durable.items() if size != world.world_size}
