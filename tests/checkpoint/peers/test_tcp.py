@@ -4,6 +4,7 @@ What every transport promises is in tests/conformance; strangers and liars are i
 """
 
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -358,6 +359,7 @@ def test_neither_threads_nor_descriptors_are_left(nodes: Nodes, shelf: Shelf, st
     def open_now() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
+    gc.collect()  # what earlier tests have left to it is not to go meanwhile
     before = open_now()
     for _ in range(5):
         beta, alpha = nodes.start("beta", shelf), nodes.start("alpha")
