@@ -7,6 +7,7 @@ conversions: each file gets its name in one step, when it is whole and, locally,
 import errno
 import os
 import stat
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
@@ -31,7 +32,8 @@ class Folder:
         self.url = url
         self.is_local = "://" not in url or url.startswith("file://")
         self._path = os.path.abspath(url.removeprefix("file://")) if self.is_local else url.rstrip("/")
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, int] = {}
+        weakref.finalize(self, _close_all, self._files)  # for whoever forgets to
         self.gap_bytes = _GAP_BYTES["local" if self.is_local else "remote"]
         """Ranges that lie no further apart are cheaper to read as one."""
 
@@ -125,9 +127,7 @@ class Folder:
 
     def close(self) -> None:
         """Close all files. Safe to repeat."""
-        while self._files:
-            _, file = self._files.popitem()
-            os.close(file) if self.is_local else file.close()
+        _close_all(self._files)
 
     @cached_property
     def _fs(self) -> Any:
@@ -213,3 +213,8 @@ class _AnyNames(RemoteStore):
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def _close_all(files: dict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
