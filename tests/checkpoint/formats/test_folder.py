@@ -22,7 +22,7 @@ def test_a_file_that_nobody_closed_is_closed_with_its_folder(tmp_path: Path) -> 
     folder = Folder(str(tmp_path))
     found = bytearray(2)
     folder.read("one", 1, memoryview(found))
-    assert (found, descriptors(path)) == (b"bc", 1)
+    assert (bytes(found), descriptors(path)) == (b"bc", 1)
     del folder
     gc.collect()
     assert descriptors(path) == 0
