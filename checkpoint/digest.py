@@ -80,6 +80,10 @@ def fine_damage(part: memoryview, digests: bytes, begin: int) -> list[int]:
     ]
 
 
+def fine_count(image_bytes: int) -> int:
+    return -(-image_bytes // FINE_BYTES)
+
+
 def block_count(image_bytes: int) -> int:
     return -(-image_bytes // BLOCK_BYTES)
 

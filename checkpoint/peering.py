@@ -72,8 +72,7 @@ def arrange_peering(
         return None
     token = _agree_on_token(world, client, leads, environment)
     host = world.together(lambda: policy.peer_address or _own_address(environment), LevelFailed)
-    listening = world.together(lambda: client.listen(world.node, token, host) if leads else None, LevelFailed)
-    addresses = world.gather(listening)
+    addresses = world.gather_results(lambda: client.listen(world.node, token, host) if leads else None, LevelFailed)
     members = tuple((node, *addresses[at]) for node, at in zip(nodes, leaders, strict=True))
     peering = Peering(token, host, world.node, leads, members, grouping)
     world.together(lambda: peering.introduce(client), LevelFailed)
@@ -85,15 +84,15 @@ def _agree_on_domains(world: World, leaders: Sequence[int], policy: Policy, envi
     hosts = world.gather(asdict(host_of(world.node, environment)))
     path = policy.failure_domains
     reads = path is not None and world.rank == 0
-    text = world.together(lambda: Path(str(path)).read_text("utf-8") if reads else None, LevelFailed)
-    file = Document(path, world.gather(text)[0]) if path is not None else None
+    text = world.gather_results(lambda: Path(str(path)).read_text("utf-8") if reads else None, LevelFailed)[0]
+    file = Document(path, text) if path is not None else None
     return decide_domains([Host(**hosts[at]) for at in leaders], file=file)
 
 
 def _agree_on_token(world: World, client: AgentClient, leads: bool, environment: Mapping[str, str]) -> str:
     """The launcher's token; else the one that agents of an earlier life have; else a new one, made by rank 0."""
     given = environment.get(_TOKEN)
-    known = world.gather(world.together(lambda: given or (client.token() if leads else None), LevelFailed))
+    known = world.gather_results(lambda: given or (client.token() if leads else None), LevelFailed)
     fresh: str = world.gather(secrets.token_hex(32) if world.rank == 0 else None)[0]
     return next((token for token in known if token), fresh)
 

@@ -273,11 +273,14 @@ class AgentClient:
 
         With `rank` and `world_size` that of a rank of a job of another size.
         `release` it if it is not used. Raises LevelFailed or RestoreError where too little of it is left, DamagedImage,
-        OverBudget, TimeoutError.
+        OverBudget.
         """
-        reply = self._connection.request(
-            "recover", within_s=within_s, step=step, image_rank=rank, world_size=world_size
-        )
+        try:
+            reply = self._connection.request(
+                "recover", within_s=within_s, step=step, image_rank=rank, world_size=world_size
+            )
+        except TimeoutError as error:
+            raise LevelFailed(str(error)) from error
         slot: int = reply["slot"]
         return slot
 

@@ -129,17 +129,14 @@ class Catalog:
 
     def states_of(self, parameter: str) -> dict[str, Tensor]:
         """The optimizer state of a parameter (its full name), by key."""
-        return self._states().get(parameter, {})
+        return self.all_states().get(parameter, {})
 
-    def _states(self) -> dict[str, dict[str, Tensor]]:
+    def all_states(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer state of all parameters: what to use where more than a few are asked for."""
         found: dict[str, dict[str, Tensor]] = {}
         for tensor in self.of_kind("optimizer"):
             found.setdefault(tensor.parameter, {})[tensor.state] = tensor
         return found
-
-    def all_states(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer state of all parameters: what to use where more than a few are asked for."""
-        return self._states()
 
     def only(self, names: Iterable[str]) -> "Catalog":
         """The same checkpoint with these tensors alone, and the aliases of them."""

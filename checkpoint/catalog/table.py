@@ -17,6 +17,8 @@ from resilient.checkpoint.pieces import Piece
 
 __all__ = ["BOX", "FILE", "OFFSET", "START", "STOP", "PieceTable", "Rows", "StoredPiece", "row_major"]
 
+UNITS: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+"""Elements by their size in bytes, for moving values of whatever dtype."""
 FILE, OFFSET, START, STOP, BOX = range(5)  # columns; from BOX on: offsets, sizes and strides, one number a dimension
 _MOST_CLIPPED = 8  # bases of a block that are looked at one by one
 

@@ -6,18 +6,19 @@ after the other; and where they are is looked up when a blob is first read.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from resilient.checkpoint.catalog.catalog import ITEMSIZES, Tensor
-from resilient.checkpoint.catalog.table import PieceTable, StoredPiece, row_major
+from resilient.checkpoint.catalog.catalog import ITEMSIZES, Catalog, Tensor
+from resilient.checkpoint.catalog.table import FILE, OFFSET, PieceTable, StoredPiece, row_major
 from resilient.checkpoint.formats.dcp_metadata import Blob, Chunk, TensorEntry
 from resilient.checkpoint.formats.fetch import fetch
 from resilient.checkpoint.formats.folder import Folder
 from resilient.checkpoint.formats.hf_header import MOST_HEADER_BYTES, header_bytes, parse_header, strict_json
-from resilient.checkpoint.formats.source import Progress
+from resilient.checkpoint.formats.source import Finding, Progress
 from resilient.checkpoint.formats.stored import StoredTensor
 from resilient.checkpoint.formats.torch_source import checked
 from resilient.checkpoint.formats.torch_values import OneFile
@@ -108,6 +109,19 @@ class Blobs:
         except (OSError, RestoreError) as error:
             return f"cannot be read: {error}"
         return checked(self.folder, blob.name, member, progress)
+
+    def verify(self, catalog: Catalog, progress: Progress) -> Iterator[Finding]:
+        """What is wrong with the blobs of a catalog's tensors, by the checksums in them."""
+        names: dict[tuple[int, int], list[str]] = {}
+        for tensor in catalog.tensors.values():
+            for row in tensor.pieces.rows.tolist():
+                names.setdefault((row[FILE], row[OFFSET]), []).append(tensor.name)
+        for file in self.files:
+            for held in file.held:
+                problem = self.problem(held, progress)
+                if problem is not None:
+                    tensors = tuple(names.get((file.number, held.begin), [held.key]))
+                    yield Finding(file.name, tensors, f"the part at {list(held.offsets)}: {problem}")
 
     def _address(self, entry: TensorEntry, chunk: Chunk) -> tuple[int, int]:
         """File number and address; the same for two tensors that share a blob."""

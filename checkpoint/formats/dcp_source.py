@@ -11,7 +11,6 @@ from copy import deepcopy
 from typing import Any
 
 from resilient.checkpoint.catalog.catalog import Catalog, File
-from resilient.checkpoint.catalog.table import FILE, OFFSET
 from resilient.checkpoint.formats.dcp_blobs import Blobs, blob_key
 from resilient.checkpoint.formats.dcp_metadata import (
     Blob,
@@ -62,16 +61,10 @@ class DcpSource(Source):
 
     def verify(self, progress: Progress) -> Iterator[Finding]:
         """Compares each blob with the checksum in it; safetensors files have none."""
-        names = self._names_by_address()
         for entry in self.metadata.entries.values():
             if isinstance(entry, TensorEntry):
                 self.blobs.pieces(entry)  # those of objects may not have been asked for
-        for file in self.blobs.files:
-            for held in file.held:
-                problem = self.blobs.problem(held, progress)
-                if problem is not None:
-                    tensors = tuple(names.get((file.number, held.begin), [held.key]))
-                    yield Finding(file.name, tensors, f"the part at {list(held.offsets)}: {problem}")
+        yield from self.blobs.verify(self.catalog, progress)
         for entry in self.metadata.entries.values():
             if isinstance(entry, StoredBytes):
                 yield from self._verify_object(entry)
@@ -82,13 +75,6 @@ class DcpSource(Source):
             self._load(entry)
         except (OSError, RestoreError) as error:
             yield Finding(entry.blob.name, (entry.key,), str(error))
-
-    def _names_by_address(self) -> dict[tuple[int, int], list[str]]:
-        found: dict[tuple[int, int], list[str]] = {}
-        for tensor in self.catalog.tensors.values():
-            for row in tensor.pieces.rows.tolist():
-                found.setdefault((row[FILE], row[OFFSET]), []).append(tensor.name)
-        return found
 
     def _first(self, entry: TensorEntry | StoredBytes, path: tuple[Any, ...]) -> Any:
         """What stands in the tree for an entry: hyperparameters and steps themselves, which the catalog has."""

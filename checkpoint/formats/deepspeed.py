@@ -35,7 +35,7 @@ def recognise(folder: Folder) -> bool:
     return bool(tags_of(folder.names, universal=False))
 
 
-def open_source(folder: Folder, reference: Reference) -> "DeepSpeedSource":
+def open_source(folder: Folder, reference: Reference) -> FilesSource:
     """The tag that `latest` names, or that of `reference.step`; the folder may be a tag's own.
 
     Raises NotACheckpoint (also for what is not read yet: experts in files of their own, elastic checkpoints),
@@ -55,10 +55,6 @@ def open_source(folder: Folder, reference: Reference) -> "DeepSpeedSource":
         return _Opening(folder, reference, files, torch_files).source()
 
 
-class DeepSpeedSource(FilesSource):
-    """See the module."""
-
-
 class _Opening:
     """From files to a catalog. Stages: model states, optimizer states, and both joined over model-parallel ranks."""
 
@@ -66,7 +62,7 @@ class _Opening:
         self._folder, self._reference, self._files, self._torch = folder, reference, files, torch_files
         self._catalog = Catalog(format="deepspeed", files=torch_files.listed)
 
-    def source(self) -> DeepSpeedSource:
+    def source(self) -> FilesSource:
         ranks = self._files.model_ranks
         first = self._model_tree(ranks[0])
         self._check(first, ranks)
@@ -88,7 +84,7 @@ class _Opening:
         others = {name: other for model in models for name, other in model.others.items()}
         if others:
             objects[MODEL] = {name: real(value, self._load_of(file)) for name, (file, value) in others.items()}
-        return DeepSpeedSource(self._reference, self._folder, self._catalog, self._torch, objects)
+        return FilesSource(self._reference, self._folder, self._catalog, self._torch, objects)
 
     def _model_tree(self, mp: int) -> RankFile:
         name = self._files.model.get(mp) or self._files.model_3.get((0, mp))

@@ -4,7 +4,6 @@ The classes of DeepSpeed's pickles are named here; none of them is imported. A t
 CRC-32 that the archive has of its storage.
 """
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from resilient.checkpoint.formats.deepspeed_zero import RankFile
 from resilient.checkpoint.formats.folder import Folder
 from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
 from resilient.checkpoint.formats.stored import StoredTensor
-from resilient.checkpoint.formats.torch_zip import Archive, open_archive
+from resilient.checkpoint.formats.torch_zip import Archive, Member, crc_of, open_archive
 from resilient.errors import DamagedImage, LevelFailed
 
 OPAQUE = frozenset(
@@ -33,7 +32,6 @@ OPAQUE = frozenset(
         "deepspeed.utils.tensor_fragment.fragment_address",
     )
 )
-_CHUNK = 4 << 20
 
 
 class TorchFiles:
@@ -89,7 +87,7 @@ class TorchFiles:
         for number, file in enumerate(self.listed):
             done = 0
             for _, member in self._archives[file.name].storages():
-                problem = self._problem(file.name, member.offset, member.nbytes, member.crc)
+                problem = self._problem(file.name, member)
                 if problem is not None:
                     starts, names = tensors.get(number, (np.empty(0, np.int64), []))
                     low, high = np.searchsorted(starts, [member.offset, member.offset + member.nbytes])
@@ -98,17 +96,13 @@ class TorchFiles:
                 progress(member.nbytes)
             progress(file.nbytes - done)
 
-    def _problem(self, name: str, offset: int, nbytes: int, crc: int) -> str | None:
-        found, buffer = 0, memoryview(bytearray(min(nbytes, _CHUNK)))
+    def _problem(self, name: str, member: Member) -> str | None:
         try:
-            for begin in range(0, nbytes, _CHUNK):
-                part = buffer[: min(_CHUNK, nbytes - begin)]
-                self._folder.read(name, offset + begin, part)
-                found = zlib.crc32(part, found)
+            found = crc_of(self._folder, name, member, lambda _: None)
         except (DamagedImage, LevelFailed, FileNotFoundError) as error:
             return f"cannot be read: {error}"
-        if crc and found != crc:
-            return f"{nbytes} bytes at {offset} differ from their checksum"
+        if member.crc and found != member.crc:
+            return f"{member.nbytes} bytes at {member.offset} differ from their checksum"
         return None
 
 

@@ -30,6 +30,7 @@ from resilient.checkpoint.formats.deepspeed_zero import MASTER, Fragment
 from resilient.checkpoint.formats.fetch import fetch
 from resilient.checkpoint.formats.registry import open_source
 from resilient.checkpoint.formats.source import Reference, Source
+from resilient.checkpoint.world import join_world
 from resilient.errors import LayoutMismatch, RankFailed
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -269,8 +270,10 @@ def _together(read: Callable[[], _Loaded]) -> _Loaded:
         found = read()
     except Exception as caught:
         error = caught
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+    world = join_world()  # a group for JSON: torch's own exchange of objects unpickles what others send
+    told = world.gather(None if error is None else f"{type(error).__name__}: {error}")
+    if world.group is not None:
+        dist.destroy_process_group(world.group)
     if error is not None:
         raise error
     failed = [(rank, text) for rank, text in enumerate(told) if text is not None]

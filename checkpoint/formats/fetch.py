@@ -9,6 +9,7 @@ import numpy as np
 
 from resilient.checkpoint.catalog.catalog import Tensor
 from resilient.checkpoint.catalog.meet import Part, parts_of
+from resilient.checkpoint.catalog.table import UNITS
 from resilient.checkpoint.formats.source import Source
 
 _WASTE = 0.04  # of what is read, at most, may lie between the bytes that are wanted
@@ -17,7 +18,6 @@ _TINY_BYTES = 512  # what is smaller, and ...
 _NEAR_BYTES = 4096  # ... no further apart, is read with what lies between: so does every medium
 _COPY_BYTES = 1 << 20
 _MOST_BYTES = 8 << 20  # that are held besides the caller's box
-_UNITS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
 def fetch(
@@ -35,7 +35,7 @@ def fetch(
     extent = tuple(sizes) if sizes is not None else tensor.shape
     if into.nbytes != math.prod(extent) * tensor.itemsize:
         raise ValueError(f"{into.nbytes} bytes for a box of {extent} of {tensor.name!r} ({tensor.dtype})")
-    box: Any = np.frombuffer(into.cast("B"), dtype=_UNITS[tensor.itemsize]).reshape(extent)
+    box: Any = np.frombuffer(into.cast("B"), dtype=UNITS[tensor.itemsize]).reshape(extent)
     for part in parts_of(tensor, begin, extent):
         at = tuple(slice(a - b, a - b + n) for a, b, n in zip(part.offsets, begin, part.sizes, strict=True))
         _fetch_part(source, part, box[(..., *at)], tensor.itemsize)  # with `...` it is a view, also of no dimensions
@@ -153,5 +153,5 @@ def _read(source: Source, file: int, offset: int, nbytes: int) -> Any:
 
 def _strided(flat: Any, sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> Any:
     """Bytes as the array that lies in them."""
-    whole = flat[: flat.nbytes // itemsize * itemsize].view(_UNITS[itemsize])
+    whole = flat[: flat.nbytes // itemsize * itemsize].view(UNITS[itemsize])
     return np.lib.stride_tricks.as_strided(whole, shape=sizes, strides=strides, writeable=False)

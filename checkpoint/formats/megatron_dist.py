@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from resilient.checkpoint.catalog.catalog import Catalog, File, Kind, Tensor
-from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, PieceTable, Rows
+from resilient.checkpoint.catalog.table import BOX, PieceTable, Rows
 from resilient.checkpoint.formats.dcp_blobs import Blobs
 from resilient.checkpoint.formats.dcp_metadata import Metadata, StoredBytes, TensorEntry, read_metadata
 from resilient.checkpoint.formats.dcp_source import check_files
@@ -93,16 +93,7 @@ class MegatronDist(Source):
 
     def verify(self, progress: Progress) -> Iterator[Finding]:
         """Compares each blob with the checksum in it."""
-        names: dict[tuple[int, int], list[str]] = {}
-        for tensor in self.catalog.tensors.values():
-            for row in tensor.pieces.rows.tolist():
-                names.setdefault((row[FILE], row[OFFSET]), []).append(tensor.name)
-        for file in self.blobs.files:
-            for held in file.held:
-                problem = self.blobs.problem(held, progress)
-                if problem is not None:
-                    tensors = tuple(names.get((file.number, held.begin), [held.key]))
-                    yield Finding(file.name, tensors, f"the part at {list(held.offsets)}: {problem}")
+        yield from self.blobs.verify(self.catalog, progress)
 
     def _groups(self) -> None:
         """Hyperparameters; which parameters are in which group is not in the checkpoint, but follows from a rule."""

@@ -5,7 +5,7 @@ Long ranges are read straight to where they are wanted. What had to be read of a
 asked for, which mostly lies beside it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +18,9 @@ from resilient.checkpoint.levels.image_io import read_fine_digests, read_image_r
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import digests_name
 from resilient.checkpoint.record import Record
+from resilient.checkpoint.restore import source
 from resilient.checkpoint.restore.images import Image
-from resilient.checkpoint.restore.source import InStore, Source
+from resilient.checkpoint.restore.source import InStore, Source, listed
 from resilient.errors import DamagedImage, LevelFailed
 
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -218,8 +219,7 @@ def damaged_spans(store: Store, record: Record, blocks: Sequence[int], fine: byt
 def told(record: Record, spans: Sequence[Span]) -> str:
     """What is damaged, for a message: how much, and which tensors lie there."""
     names = tensors_in(record, spans)
-    some = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    what = "" if record.data_start is None else f"; tensors: {some or 'none, but the header or the objects'}"
+    what = "" if record.data_start is None else f"; tensors: {listed(names) or 'none, but the header or the objects'}"
     nbytes = sum(stop - start for start, stop in spans)
     return (
         f"{nbytes} bytes, from {spans[0][0]} on, are not as they were sealed "
@@ -229,16 +229,7 @@ def told(record: Record, spans: Sequence[Span]) -> str:
 
 def tensors_in(record: Record, spans: Sequence[Span]) -> tuple[str, ...]:
     """The names of the tensors of which some bytes lie there; none where the record does not say where they lie."""
-    begins = record.data_start
-    if begins is None:
-        return ()
-    return tuple(
-        raw["key"] for raw in record.pieces() if "nbytes" in raw and _meets(begins + raw["offset"], raw, spans)
-    )
-
-
-def _meets(begin: int, raw: Mapping[str, Any], spans: Sequence[Span]) -> bool:
-    return any(begin < stop and begin + raw["nbytes"] > start for start, stop in spans)
+    return () if record.data_start is None else source.tensors_in(record, record.data_start, spans)
 
 
 class _Checked(InStore):

@@ -11,6 +11,7 @@ from typing import Any
 
 from resilient.checkpoint.catalog.catalog import Catalog
 from resilient.checkpoint.formats.folder import Folder
+from resilient.errors import ResilientError
 
 Progress = Callable[[int], None]
 """Told how many more bytes are done."""
@@ -87,5 +88,5 @@ class Source(ABC):
                 part = buffer[: min(4 << 20, nbytes - begin)]
                 self.folder.read(name, begin, part)
                 progress(part.nbytes)
-        except Exception as error:
+        except (OSError, ResilientError) as error:
             yield Finding(name, (), f"cannot be read: {error}")

@@ -4,7 +4,6 @@ What is in it is told by the shape of its tree (`state_tree.py`). Its bytes are 
 and verified by the archive's checksums only where all of it is (`verify`). docs/formats/torch.md is for users.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,13 +14,12 @@ from resilient.checkpoint.formats.source import Finding, Progress, Reference, So
 from resilient.checkpoint.formats.state_catalog import Leaves, fill, loaded
 from resilient.checkpoint.formats.state_tree import classify
 from resilient.checkpoint.formats.torch_values import is_stored, read_tree, stored_leaves
-from resilient.checkpoint.formats.torch_zip import Archive, Member
-from resilient.errors import DamagedImage
+from resilient.checkpoint.formats.torch_zip import Archive, Member, crc_of
+from resilient.errors import DamagedImage, ResilientError
 
 __all__ = ["TorchSource", "checked"]
 
 FORMAT = "torch"
-_CHUNK_BYTES = 4 << 20
 
 
 class TorchSource(Source):
@@ -66,14 +64,8 @@ class TorchSource(Source):
 
 def checked(folder: Folder, name: str, member: Member, progress: Progress) -> str | None:
     """What is wrong with the bytes of a member, all of which are read. A checksum of 0 is one that was not written."""
-    crc = 0
-    buffer = memoryview(bytearray(min(member.nbytes, _CHUNK_BYTES)))
     try:
-        for begin in range(0, member.nbytes, _CHUNK_BYTES):
-            part = buffer[: min(_CHUNK_BYTES, member.nbytes - begin)]
-            folder.read(name, member.offset + begin, part)
-            crc = zlib.crc32(part, crc)
-            progress(part.nbytes)
-    except Exception as error:
+        crc = crc_of(folder, name, member, progress)
+    except (OSError, ResilientError) as error:
         return f"cannot be read: {error}"
     return "its bytes differ from the checksum that was written with them" if crc != member.crc != 0 else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resilient.checkpoint.formats.folder import Folder
+from resilient.checkpoint.formats.source import Progress
 from resilient.checkpoint.formats.stored import Opaque, StoredTensor
 from resilient.checkpoint.formats.torch_pickle import StorageBytes, load_pickle
 from resilient.checkpoint.formats.torch_write import torch_parts
@@ -21,6 +22,7 @@ from resilient.errors import DamagedImage, NotACheckpoint
 
 __all__ = ["Archive", "Opaque", "StoredTensor", "open_archive", "read_torch_file", "torch_parts"]
 
+_CHUNK_BYTES = 4 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MOST_PICKLE = 2 << 30
 _TAIL = {True: 2 << 10, False: 64 << 10}  # of a (local) archive, read at once: the directory is there, if it is short
@@ -199,3 +201,15 @@ class _View(io.RawIOBase):
         data = bytearray(count)
         self._folder.read(self._name, self._begin + at, memoryview(data))
         return data
+
+
+def crc_of(folder: Folder, name: str, member: Member, progress: Progress) -> int:
+    """The CRC-32 of a member's bytes, all of which are read."""
+    crc = 0
+    buffer = memoryview(bytearray(min(member.nbytes, _CHUNK_BYTES)))
+    for begin in range(0, member.nbytes, _CHUNK_BYTES):
+        part = buffer[: min(_CHUNK_BYTES, member.nbytes - begin)]
+        folder.read(name, member.offset + begin, part)
+        crc = zlib.crc32(part, crc)
+        progress(part.nbytes)
+    return crc

@@ -35,7 +35,7 @@ def recognise(folder: Folder) -> bool:
     return bool(tags_of(folder.names, universal=True))
 
 
-def open_source(folder: Folder, reference: Reference) -> "UniversalSource":
+def open_source(folder: Folder, reference: Reference) -> FilesSource:
     """The folder that `latest_universal` names, or that of `reference.step`, or the folder itself.
 
     Raises NotACheckpoint, DamagedImage.
@@ -45,16 +45,12 @@ def open_source(folder: Folder, reference: Reference) -> "UniversalSource":
         return _Opening(folder, reference, prefix, TorchFiles(folder, trust=reference.trust_pickle)).source()
 
 
-class UniversalSource(FilesSource):
-    """See the module."""
-
-
 class _Opening:
     def __init__(self, folder: Folder, reference: Reference, prefix: str, files: TorchFiles) -> None:
         self._folder, self._reference, self._prefix, self._torch = folder, reference, prefix, files
         self._catalog = Catalog(format="deepspeed-universal", files=files.listed)
 
-    def source(self) -> UniversalSource:
+    def source(self) -> FilesSource:
         files = sort_files(self._prefix, self._folder.names)
         model, first = self._model(files)
         optimizer = self._torch.read(f"{self._prefix}{OPTIMIZER_STATE}")
@@ -83,7 +79,7 @@ class _Opening:
             {f"{MODEL}.{name}": own for name, own in numbers.items() if isinstance(own, Mapping)},
             self._torch.load,
         )
-        return UniversalSource(self._reference, self._folder, self._catalog, self._torch, objects)
+        return FilesSource(self._reference, self._folder, self._catalog, self._torch, objects)
 
     def _model(self, files: Files) -> tuple[ModelStates, RankFile]:
         """Of the first model-parallel rank: slices of frozen parameters could not be told from whole ones."""

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from resilient.checkpoint.digest import FINE_BYTES, FINE_DIGEST_BYTES, FineDigests, digest
+from resilient.checkpoint.digest import FINE_DIGEST_BYTES, FineDigests, digest, fine_count
 from resilient.checkpoint.levels import frames
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import digests_name, image_name, record_name
@@ -85,7 +85,7 @@ def read_fine_digests(store: Store, record: Record) -> bytes | None:
     name = digests_name(record.step, record.rank, record.world_size)
     found = bytearray(store.size(name))
     store.read(name, 0, memoryview(found))
-    expected = -(-record.image_bytes // FINE_BYTES) * FINE_DIGEST_BYTES
+    expected = fine_count(record.image_bytes) * FINE_DIGEST_BYTES
     if len(found) != expected or digest(bytes(found)) != record.fine:
         raise DamagedImage(f"{store.url}/{name} was changed after it was written: its digest does not match")
     return bytes(found)

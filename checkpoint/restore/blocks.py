@@ -5,7 +5,7 @@ want of one is read by one of them (`sharing.py`). The others are sent by a rank
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,14 @@ import torch
 from resilient.checkpoint.agent.buffers import MappedImage
 from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.agent.memory import private_memory
-from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_range, damaged_blocks
+from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_range, fine_count
 from resilient.checkpoint.levels.image_io import read_fine_digests, read_image_range, read_record
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxScatter, units
 from resilient.checkpoint.restore.decide import Damaged, Decision, level_of_other
-from resilient.checkpoint.restore.partial import Read, read_units, read_whole
+from resilient.checkpoint.restore.exchange import send_window
+from resilient.checkpoint.restore.partial import Read, Use, read_units, read_whole
 from resilient.checkpoint.restore.sharing import rounds_of
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError
@@ -31,8 +32,7 @@ from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
 LOST = (DamagedImage, LevelFailed, FileNotFoundError)
-_ATTEMPTS = 3
-Use = Callable[[int, memoryview], None]
+"""What reading an image raises where another level or step may still serve."""
 Needs = Mapping[int, Any]
 """Of each image which blocks of 64 KiB are needed."""
 
@@ -90,10 +90,7 @@ class Blocks:
 
     def _recover(self, rank: int) -> int:
         """An image that nodes are lost with, fetched or decoded into the memory of this node's agent; its slot."""
-        try:
-            slot = self._client.recover(self._decision.step, self._policy.write_timeout_s, rank, self._size)
-        except TimeoutError as error:
-            raise LevelFailed(str(error)) from error
+        slot = self._client.recover(self._decision.step, self._policy.write_timeout_s, rank, self._size)
         self._opened.callback(self._release, slot)
         return slot
 
@@ -129,6 +126,8 @@ class Blocks:
         self, uses: Mapping[int, Any], records: Mapping[int, Record], needs: Needs
     ) -> tuple[dict[int, str], set[int]]:
         """Images that several ranks of a node want, read by one of them. What cannot be used, and what is done."""
+        if not any(place.level in self._stores for place in self._decision.places):
+            return {}, set()  # all of it is in memory, which all ranks know
         world = self._world
         mine = {rank: int(needs[rank].sum()) * FINE_BYTES for rank in uses if self._is_far(rank)}
         told = [{int(rank): nbytes for rank, nbytes in row.items()} for row in world.gather(mine)]
@@ -174,7 +173,7 @@ class Blocks:
             read_whole(record, level, self.open(rank).read, slot.view[: record.image_bytes])
         except LOST as error:
             self._release(slot.id)
-            return 0, str(error) or type(error).__name__
+            return 0, why(error)
         self.read_bytes += record.image_bytes
         self._client.adopt(slot.id, record.step, record)
         return slot.id, ""
@@ -203,7 +202,7 @@ class Blocks:
             level, use = self._decision.places[rank].level, uses[rank].take
             self.read_bytes += read_units(one.record, level, one.read, wanted, one.fine, use)
         except LOST as error:
-            return {rank: str(error) or type(error).__name__}
+            return {rank: why(error)}
         return {}
 
     def _send(self, rank: int, numbers: list[int], record: Record, use: Use | None) -> dict[int, str]:
@@ -213,18 +212,12 @@ class Blocks:
         for number in numbers:
             begin, end = block_range(number, record.image_bytes)
             part = window[: end - begin]
-            for _ in range(_ATTEMPTS):
-                problem = self._fill_window(rank, begin, part) if self._world.rank == source else ""
-                self._world.broadcast(part, source)
-                view = part.numpy().data
-                bad = not problem and damaged_blocks(view, record.blocks, begin)
-                problems = self._world.gather("it arrived damaged" if bad else problem)
-                if not any(problems):
-                    break
-            else:
-                return {rank: next(text for text in problems if text)}
+            problems = send_window(self._world, source, begin, part, record.blocks, partial(self._fill_window, rank))
+            if any(problems):
+                told = [problem for problem in problems if isinstance(problem, str) and problem]
+                return {rank: told[0] if told else "it arrived damaged"}
             if use is not None:
-                use(begin, memoryview(view).cast("B"))
+                use(begin, memoryview(part.numpy().data).cast("B"))
         return {}
 
     def _fill_window(self, rank: int, begin: int, part: torch.Tensor) -> str:
@@ -232,7 +225,7 @@ class Blocks:
             self.open(rank).read(begin, memoryview(part.numpy().data).cast("B"))
             return ""
         except LOST as error:
-            return str(error) or type(error).__name__
+            return why(error)
 
     def as_damaged(self, problems: Mapping[int, str]) -> Damaged:
         step = self._decision.step
@@ -244,6 +237,11 @@ class Blocks:
         return frozenset(
             (step, rank, level if same else level_of_other(level, self._size)) for rank, level in levels.items()
         )
+
+
+def why(error: Exception) -> str:
+    """An error in words, never none."""
+    return str(error) or type(error).__name__
 
 
 class Held:
@@ -264,7 +262,8 @@ class Nothing:
 
 
 def blocks_of(spans: list[tuple[int, int]], image_bytes: int) -> Any:
-    needed = np.zeros(-(-image_bytes // FINE_BYTES), dtype=np.bool_)
+    """Which blocks of 64 KiB of an image spans of it lie in."""
+    needed = np.zeros(fine_count(image_bytes), dtype=np.bool_)
     for begin, end in spans:
         needed[begin // FINE_BYTES : -(-end // FINE_BYTES)] = True
     return needed

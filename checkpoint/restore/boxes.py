@@ -18,12 +18,11 @@ from torch import Tensor
 
 from resilient.checkpoint.catalog.catalog import Tensor as Described
 from resilient.checkpoint.catalog.meet import Box, boxes_of_range, intersect, parts_of
-from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, PieceTable, row_major
+from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, UNITS, PieceTable, row_major
 from resilient.checkpoint.copying import Move
-from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES
+from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, fine_count
 from resilient.errors import DamagedImage
 
-_UNITS: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 _VIEWS: dict[int, torch.dtype] = {
     1: torch.uint8,
     2: torch.int16,
@@ -108,7 +107,7 @@ def _needed(geometry: bytes, shape: tuple[int, ...], place: Box) -> dict[int, in
 
 def needed_blocks(ranges: Iterable[BoxRange], image_bytes: int) -> NDArray[np.bool_]:
     """Which blocks of `FINE_BYTES` of an image hold bytes that the ranges need."""
-    steps = np.zeros(-(-image_bytes // FINE_BYTES) + 1, dtype=np.int64)
+    steps = np.zeros(fine_count(image_bytes) + 1, dtype=np.int64)
     for one in ranges:
         for begins, nbytes in _runs(one):
             np.add.at(steps, begins // FINE_BYTES, 1)
@@ -192,7 +191,7 @@ class _BoxTarget:
         one, size = self._one, self._itemsize
         start = one.start + (begin - one.offset) // size
         end = one.start + (stop - one.offset) // size
-        values = np.frombuffer(portion[begin - origin : stop - origin], dtype=_UNITS[size])
+        values = np.frombuffer(portion[begin - origin : stop - origin], dtype=UNITS[size])
         for box in one.boxes(start, end):
             shared = intersect(box, one.place)
             if shared is not None:

@@ -5,7 +5,7 @@ the ranks' group would not use anyway. One window at a time: received, compared 
 sent again if a rank did not get what was sent, and only then written. On the training thread; collective.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -52,18 +52,42 @@ def _receive_image(
 def _receive_window(
     world: World, source: int, begin: int, part: torch.Tensor, blocks: Sequence[str], own: InMemory | None
 ) -> None:
-    """Fill `part` on every rank. They agree on whether it arrived: one alone cannot repeat a broadcast."""
-    bad: list[list[int]] = []
-    for _ in range(_ATTEMPTS):
-        if world.rank == source:
-            assert own is not None, "a rank that others need holds its image"
-            part.copy_(torch.frombuffer(bytearray(own.view[begin : begin + len(part)]), dtype=torch.uint8))
-        world.broadcast(part, source)
-        bad = world.gather(damaged_blocks(part.numpy().data, blocks, begin))
-        if not any(bad):
-            return
+    """Fill `part` on every rank, from the image that its rank holds."""
+
+    def fill(begin: int, part: torch.Tensor) -> str:
+        assert own is not None, "a rank that others need holds its image"
+        part.copy_(torch.frombuffer(bytearray(own.view[begin : begin + len(part)]), dtype=torch.uint8))
+        return ""
+
+    bad = send_window(world, source, begin, part, blocks, fill)
     ranks = [rank for rank, numbers in enumerate(bad) if numbers]
-    raise DamagedImage(
-        f"blocks {bad[ranks[0]]} of the image of rank {source} arrived damaged at rank {ranks[0]}, {_ATTEMPTS} times: "
-        "the state is partly overwritten, so do not train on; check memory and network of these nodes, and restart"
-    )
+    if ranks:
+        raise DamagedImage(
+            f"blocks {bad[ranks[0]]} of the image of rank {source} arrived damaged at rank {ranks[0]}, {_ATTEMPTS} "
+            "times: the state is partly overwritten, so do not train on; check memory and network of these nodes, and "
+            "restart"
+        )
+
+
+def send_window(
+    world: World,
+    source: int,
+    begin: int,
+    part: torch.Tensor,
+    blocks: Sequence[str],
+    fill: Callable[[int, torch.Tensor], str],
+) -> list[list[int] | str]:
+    """Broadcast whole blocks of an image, from offset `begin` on, into `part` on every rank; verified there.
+
+    `fill(begin, part)` brings them from the image, on the rank `source`, or says why that failed. They agree on whether
+    they arrived, since one rank alone cannot repeat a broadcast. Returns, of each rank, the numbers of the blocks that
+    arrived damaged in the last attempt, or why it could not fill them: nothing, when all have them.
+    """
+    problems: list[list[int] | str] = []
+    for _ in range(_ATTEMPTS):
+        problem = fill(begin, part) if world.rank == source else ""
+        world.broadcast(part, source)
+        problems = world.gather(problem or damaged_blocks(part.numpy().data, blocks, begin))
+        if not any(problems):
+            break
+    return problems

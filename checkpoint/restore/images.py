@@ -8,7 +8,7 @@ import torch
 
 from resilient.checkpoint.digest import BLOCK_BYTES
 from resilient.checkpoint.dtypes import torch_dtype
-from resilient.checkpoint.image import OBJECTS_KEY, parse_header
+from resilient.checkpoint.image import OBJECTS_KEY, data_start_of, parse_header
 from resilient.checkpoint.objects import decode
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.restore.source import Source
@@ -45,7 +45,7 @@ class Image:
         where = f"{record.image_name} (step {record.step}, rank {record.rank})"
         self._where = where
         head = source.span(0, min(BLOCK_BYTES, record.image_bytes))
-        header_bytes = 8 + int.from_bytes(head[:8], "little")
+        header_bytes = data_start_of(head)
         if len(head) < header_bytes <= record.image_bytes:
             head = source.span(0, header_bytes)
         self._entries, self.data_start = parse_header(head, record.image_bytes, where)

@@ -21,12 +21,12 @@ from resilient.checkpoint.image import data_start_of
 from resilient.checkpoint.leaves import Leaves
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record, parse_record
-from resilient.checkpoint.restore.blocks import LOST, Blocks, Held, Nothing, blocks_of
+from resilient.checkpoint.restore.blocks import LOST, Blocks, Held, Nothing, blocks_of, why
 from resilient.checkpoint.restore.boxes import BoxRange, BoxScatter, needed_blocks
 from resilient.checkpoint.restore.decide import Damaged, Decision
 from resilient.checkpoint.restore.images import Image
 from resilient.checkpoint.restore.load import Proposal, propose
-from resilient.checkpoint.restore.reshaped import Reshaped, groups_of, objects_rank
+from resilient.checkpoint.restore.reshaped import Reshaped, objects_rank
 from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
 from resilient.errors import LayoutMismatch
@@ -97,7 +97,7 @@ class Reshaper:
             return None, damaged
         for scatter in scatters.values():
             scatter.finish()
-        notes = self._world.together(lambda: extras.apply(image.objects, self._found, groups_of(records[chosen])))
+        notes = self._world.together(lambda: extras.apply(image.objects, self._found, image.groups()))
         nbytes = sum(one.needed_bytes for ranges in wanted.values() for one in ranges)
         return Reshape(notes, nbytes, self._blocks.read_bytes), frozenset()
 
@@ -128,7 +128,7 @@ class Reshaper:
                 start = data_start_of(head)
             return one.record.text(), start, ""
         except LOST as error:
-            return "", 0, str(error) or type(error).__name__
+            return "", 0, why(error)
 
     # ---- names
 

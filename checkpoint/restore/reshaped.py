@@ -4,7 +4,6 @@ The layout is the live state itself: of each tensor the box that this rank holds
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -133,8 +132,3 @@ def objects_rank(records: Mapping[int, Record], found: Leaves, rank: int) -> int
         return len(mine & theirs), other == preferred, -other
 
     return max(records, key=fit)
-
-
-def groups_of(record: Record) -> dict[str, list[list[Any]]]:
-    """For each optimizer, the names of the parameters in each of its groups."""
-    return {raw["optimizer"]: raw["groups"] for raw in record.pieces() if "optimizer" in raw}

@@ -25,6 +25,7 @@ from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import complete_steps, records_by_step
 from resilient.checkpoint.record import parse_record
+from resilient.checkpoint.restore.blocks import LOST, why
 from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, Place, decide
 from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image, stored_pieces
@@ -33,11 +34,10 @@ from resilient.checkpoint.restore.reshape import Reshaper
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
 from resilient.checkpoint.world import World
-from resilient.errors import DamagedImage, LevelFailed, ResilientError
+from resilient.errors import LevelFailed, ResilientError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
-_LOST = (DamagedImage, LevelFailed, FileNotFoundError)  # another level or step may still serve
 _MIXED = "blocks of a damaged snapshot have been loaded: do not train on with this state, load or make it anew"
 T = TypeVar("T")
 
@@ -286,8 +286,8 @@ class Restorer:
         def attempt() -> tuple[T | None, str]:
             try:
                 return work(), ""
-            except _LOST as error:
-                problem = str(error) or type(error).__name__
+            except LOST as error:
+                problem = why(error)
                 rank, level = self._world.rank, decision.levels[self._world.rank]
                 _log.warning("rank %d: step %d at level %s cannot be used: %s", rank, decision.step, level, problem)
                 return None, problem
@@ -312,10 +312,7 @@ class Restorer:
 
     def _recover(self, step: int) -> int:
         """This rank's image, fetched from other nodes into the memory of this one's agent; the slot that it is in."""
-        try:
-            self._adopted = self._client.recover(step, self._policy.write_timeout_s)
-        except TimeoutError as error:
-            raise LevelFailed(str(error)) from error
+        self._adopted = self._client.recover(step, self._policy.write_timeout_s)
         return self._adopted
 
     # ---- filling the state from this rank's image

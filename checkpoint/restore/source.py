@@ -16,6 +16,7 @@ from typing import Any
 from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.copying import cpu_threads
 from resilient.checkpoint.digest import BLOCK_BYTES, block_count, block_range, damaged_blocks, digest_of
+from resilient.checkpoint.image import data_start_of
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.errors import DamagedImage
@@ -46,7 +47,7 @@ class Source(ABC):
         part = self._span(start, min(last * BLOCK_BYTES, self.record.image_bytes))
         bad = self._damaged(start, part)
         if not self._begins and start == 0:
-            self._begins = 8 + int.from_bytes(part[:8], "little")
+            self._begins = data_start_of(part)
         if bad:
             raise DamagedImage(self._message(bad))
         return part[begin - start : end - start]
@@ -96,12 +97,7 @@ class Source(ABC):
         """What is damaged, by tensor: the record, which has a digest of its own, says where each lies."""
         record = self.record
         spans = [block_range(index, record.image_bytes) for index in blocks]
-        names = [
-            raw["key"]
-            for raw in record.pieces()
-            if "nbytes" in raw and _meets(self._begins + raw["offset"], raw["nbytes"], spans)
-        ]
-        what = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        what = listed(tensors_in(record, self._begins, spans))
         return (
             f"{len(blocks)} of {len(record.blocks)} blocks of {record.image_name} at level {self.level} are damaged "
             f"(step {record.step}, rank {record.rank}; tensors: {what or 'none, but the header or the objects'})"
@@ -277,5 +273,19 @@ class InStore(Source):
             self._free.put(buffer)
 
 
-def _meets(begin: int, nbytes: int, spans: list[tuple[int, int]]) -> bool:
+def tensors_in(record: Record, data_start: int, spans: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """The names of the tensors of which some bytes lie in these ranges [start, stop) of an image."""
+    return tuple(
+        raw["key"]
+        for raw in record.pieces()
+        if "nbytes" in raw and _meets(data_start + raw["offset"], raw["nbytes"], spans)
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of these names, for a message."""
+    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _meets(begin: int, nbytes: int, spans: Sequence[tuple[int, int]]) -> bool:
     return any(begin < stop and begin + nbytes > start for start, stop in spans)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,35 +146,28 @@ def test_an_error_of_the_iterator_is_not_taken_for_one_of_the_disk(store: FileSt
 
 
 def test_writing_to_a_folder_while_a_thread_empties_and_removes_it_always_works(store: FileStore) -> None:
-    started, stop = threading.Event(), threading.Event()
-    thread = threading.Thread(target=remove_again_and_again, args=(store.root, started, stop))
-    thread.start()
-    try:
-        assert started.wait(60)
-        write_and_delete(store)
-    finally:
-        stop.set()
-        thread.join()
+    events = threading.Event(), threading.Event()
+    write_while(threading.Thread(target=remove_again_and_again, args=(store.root, *events)), *events, store)
 
 
 def test_writing_to_a_folder_while_a_process_empties_and_removes_it_always_works(store: FileStore) -> None:
     context = multiprocessing.get_context("spawn")
-    started, stop = context.Event(), context.Event()
-    process = context.Process(target=remove_again_and_again, args=(store.root, started, stop))
-    process.start()
+    events = context.Event(), context.Event()
+    write_while(context.Process(target=remove_again_and_again, args=(store.root, *events)), *events, store)
+
+
+def write_while(remover: Any, started: Any, stop: Any, store: FileStore) -> None:
+    """Write, read and delete, again and again, while a thread or process runs."""
+    remover.start()
     try:
         assert started.wait(60)
-        write_and_delete(store)
+        for number in range(100):
+            put(store, NAME, bytes([number]))
+            assert get(store, NAME) == bytes([number])
+            store.delete([NAME])
     finally:
         stop.set()
-        process.join()
-
-
-def write_and_delete(store: FileStore) -> None:
-    for number in range(100):
-        put(store, NAME, bytes([number]))
-        assert get(store, NAME) == bytes([number])
-        store.delete([NAME])
+        remover.join()
 
 
 def remove_again_and_again(root: str, started: threading.Event, stop: threading.Event) -> None:
