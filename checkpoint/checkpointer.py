@@ -11,9 +11,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from resilient.checkpoint.board import Board
 from resilient.checkpoint.capture import Capture, Job
 from resilient.checkpoint.extras import Extras
-from resilient.checkpoint.handle import Pending, SaveHandle
+from resilient.checkpoint.handle import LEVELS, Pending, SaveHandle
 from resilient.checkpoint.leaves import walk
 from resilient.checkpoint.link import AgentLink, hello_of
 from resilient.checkpoint.peering import arrange_peering
@@ -29,8 +30,9 @@ from resilient.checkpoint.place import normal_url
 from resilient.checkpoint.plan import Plan, make_plan
 from resilient.checkpoint.restore.restorer import Restored, Restorer
 from resilient.checkpoint.stateful import check_state
+from resilient.checkpoint.stopping import PREEMPT, REGROUP, Stopping
 from resilient.checkpoint.world import join_world
-from resilient.errors import LevelFailed, ResilientError, SnapshotSkipped, TornCapture, UsageError
+from resilient.errors import LevelFailed, Preempted, ResilientError, SnapshotSkipped, TornCapture, UsageError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
@@ -49,6 +51,7 @@ class Statistics:
     failures: int = 0
     call_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     fence_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+    durable_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # from the save until it is safe
 
 
 class Checkpointer:
@@ -79,13 +82,14 @@ class Checkpointer:
         self._metadata = {"format": "resilient", "rank": str(self.world.rank), "world_size": str(self.world.world_size)}
         hello = hello_of(self._policy.run_identity(self._url, os.environ), self._url, self.world, self._policy)
         self._board = Board.of(self.world, hello.run_id)
+        self._stopping = Stopping.of(self.world, hello.run_id)
         self._link = AgentLink(
             hello,
             self._policy,
             self._pending,
             self._board,
         )
-        self._link.renew(self._new_life())
+        self._renew()
         self._capture = Capture(
             self._link,
             threads=self._policy.copy_threads,
@@ -98,20 +102,24 @@ class Checkpointer:
         self._link.introduce = self._peering.introduce if self._peering is not None else None
         self._capture.start()
         self._hooks = self._hook_optimizers()
-        self._closed = False
-        self._at_exit = weakref.finalize(self, _leave, self._capture, self._link)
+        self._closed = self._warned = False
+        self._stopping.start(self._policy.signals("preempt_signals"), self._policy.signals("regroup_signals"))
+        self._at_exit = weakref.finalize(self, _leave, self._capture, self._link, self._stopping)
 
-    def save(self, step: int) -> SaveHandle:
+    def save(self, step: int, *, durable: bool = False) -> SaveHandle:
         """Start a snapshot of the state as it is now, called `step`. Returns at once; the copies run behind.
 
+        `durable`: it goes to the durable level, whatever the policy says of this step; the same on all ranks.
         Parameters may change only after the fence, which the optimizers' `step()` passes by itself. What went wrong
-        with earlier saves, on any rank, is logged here. Raises UsageError after `close` or for a negative step.
+        with earlier saves, on any rank, is logged here. Raises UsageError after `close` or for a negative step, and
+        Preempted, which ends the program, when the ranks have agreed to stop here: it waits until the step is safe.
         """
         began = time.perf_counter()
         if self._closed or step < 0:
             raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
         self._report()
-        due = self._levels_due(step)
+        stop = self._stopping.enter()
+        due = self._levels_due(step, PREEMPT if durable else stop)
         handle = SaveHandle(step, due)
         if not due:
             return handle
@@ -121,7 +129,19 @@ class Checkpointer:
         self._capture.submit(self._job(step, due, plan))
         self.statistics.saves += 1
         self.statistics.call_seconds.append(time.perf_counter() - began)
+        if stop is not None:
+            self._stop(handle, stop)
+        if "durable" in due:
+            self._watch_flush(handle)
         return handle
+
+    def request_stop(self, *, durable: bool = True) -> None:
+        """Have all ranks stop after one of their next saves, as a signal of `preempt_signals` would.
+
+        From any rank and thread; returns at once. That `save` raises Preempted when the step is safe: durable, or, if
+        that is not asked for, in memory.
+        """
+        self._stopping.ask(PREEMPT if durable else REGROUP)
 
     def fence(self) -> None:
         """Return when the state may change. The optimizers call it before each step; call it before other changes."""
@@ -137,13 +157,9 @@ class Checkpointer:
         """
         self.fence()
         self._capture.wait_idle(self._policy.fence_timeout_s)
-        fresh = self.statistics.saves == 0 and self.last_restore is None
-        found = self._found if self._found.is_current() else walk(self._state)
-        client, peers = self._link.client(), self._peering is not None
-        restorer = Restorer(client, self.world, self._state, found, self._url, self._policy, fresh=fresh, peers=peers)
-        self.last_restore = restorer.restore(self._extras)
+        self.last_restore = self._restorer().restore(self._extras)
         self._plan = None
-        self._link.renew(self._new_life())
+        self._renew()
         return None if self.last_restore is None else self.last_restore.step
 
     def close(self, *, keep_memory: bool = False) -> list[str]:
@@ -160,6 +176,7 @@ class Checkpointer:
             hook.remove()
         self._capture.fence()
         self._capture.close()
+        self._stopping.close()
         problems = self._link.close(keep=keep_memory, timeout_s=self._policy.write_timeout_s)
         self._board.close()
         problems = self._pending.take_failures() + problems
@@ -178,9 +195,16 @@ class Checkpointer:
 
     # ---- parts of `save`
 
-    def _levels_due(self, step: int) -> tuple[str, ...]:
-        """As the policy says, but for parity where there are too few nodes for it; `arrange_peering` has said so."""
+    def _levels_due(self, step: int, stop: str | None) -> tuple[str, ...]:
+        """As the policy says, but for parity where there are too few nodes for it; `arrange_peering` has said so.
+
+        Where the ranks stop, the step is due in memory, whatever it is, and durable too if the machines may go.
+        """
         due = self._policy.levels_due(step)
+        if stop is not None:
+            added = ("memory", "parity") if stop == REGROUP else LEVELS
+            absent = {"parity": self._policy.parity is None, "local": self._policy.local is None}
+            due = tuple(one for one in LEVELS if one in due or (one in added and not absent.get(one, False)))
         return due if self._peering is not None else tuple(level for level in due if level != "parity")
 
     def _job(self, step: int, due: tuple[str, ...], plan: Plan) -> Job:
@@ -225,7 +249,65 @@ class Checkpointer:
             self.statistics.failures += 1
             _log.warning("rank %d: %s", self.world.rank, failure)
 
+    # ---- stopping
+
+    def _stop(self, handle: SaveHandle, kind: str) -> NoReturn:
+        """Wait until the step is as safe as it has to be, on every rank, and end the program. Raises Preempted."""
+        grace_s = self._policy.grace_s
+        left_s = (
+            self._policy.write_timeout_s if grace_s is None else max(1.0, grace_s - self._stopping.since_notice_s())
+        )
+        deadline = time.monotonic() + left_s
+        problems = []
+        for level in handle.levels:
+            try:
+                handle.durable(level).result(max(0.0, deadline - time.monotonic()))
+            except (ResilientError, TimeoutError) as error:
+                problems.append(f"{level}: {str(error) or f'not within {left_s:.0f} s'}")
+        # Also so that no rank takes the job's store away while others wait to hear of the last level.
+        told = self.world.gather(problems)
+        for rank, texts in enumerate(told):
+            for text in texts if rank == self.world.rank else []:
+                _log.error("rank %d: step %d is not safe at level %s", rank, handle.step, text)
+        code = Preempted.REGROUP if kind == REGROUP else Preempted.SAFE
+        if not any(told) and self.world.rank == 0:
+            _log.warning("rank %d: stops after step %d, which is safe (%s)", self.world.rank, handle.step, kind)
+        self._stopping.keep_signals()
+        self.close(keep_memory=True)
+        raise Preempted(handle.step, code)
+
+    def _watch_flush(self, handle: SaveHandle) -> None:
+        """Say in advance when a flush takes longer than the machines would wait for it."""
+        grace_s, began = self._policy.grace_s, time.monotonic()
+
+        def done(future: "Future[int]") -> None:
+            took_s = time.monotonic() - began
+            if future.exception() is None:
+                self.statistics.durable_seconds.append(took_s)
+            if future.exception() is None and grace_s is not None and took_s > grace_s and not self._warned:
+                self._warned = True
+                _log.warning(
+                    "rank %d: step %d was durable %.0f s after its save, but grace_s is %g: after a preemption the job "
+                    "may lose more than a step; ask for a longer grace, or write to a faster place",
+                    *(self.world.rank, handle.step, took_s, grace_s),
+                )
+
+        handle.durable("durable").add_done_callback(done)
+
     # ---- wiring
+
+    def _renew(self) -> None:
+        """The ranks start anew, all together. Collective."""
+        life = self._new_life()
+        self._link.renew(life)
+        self._stopping.renew(life)
+
+    def _restorer(self) -> Restorer:
+        fresh = self.statistics.saves == 0 and self.last_restore is None
+        found = self._found if self._found.is_current() else walk(self._state)
+        client, peers = self._link.client(), self._peering is not None
+        how: dict[str, Any] = {"fresh": fresh, "peers": peers}
+        return Restorer(client, self.world, self._state, found, self._url, self._policy, **how)
 
     def _new_life(self) -> str:
         """The same on all ranks, and later in the order of texts than any before it. Collective."""
@@ -262,8 +344,9 @@ class Checkpointer:
         return hooks
 
 
-def _leave(capture: Capture, link: AgentLink) -> None:
+def _leave(capture: Capture, link: AgentLink, stopping: Stopping) -> None:
     """The interpreter ends without close(), and would abort if a thread were then in mid-copy. The memory stays."""
+    stopping.end()
     capture.close(_EXIT_S)
     link.leave()
 

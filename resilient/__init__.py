@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from resilient.checkpoint.checkpointer import Checkpointer as Checkpointer
     from resilient.checkpoint.checkpointer import protect as protect
     from resilient.checkpoint.handle import SaveHandle as SaveHandle
+    from resilient.errors import Preempted as Preempted
     from resilient.errors import ResilientError as ResilientError
     from resilient.policy import Policy as Policy
 
 __version__ = "0.1.0"
-__all__ = ["Checkpointer", "Policy", "ResilientError", "SaveHandle", "protect"]
+__all__ = ["Checkpointer", "Policy", "Preempted", "ResilientError", "SaveHandle", "protect"]
 
 _HOMES = {
     "Checkpointer": "resilient.checkpoint.checkpointer",
     "Policy": "resilient.policy",
+    "Preempted": "resilient.errors",
     "ResilientError": "resilient.errors",
     "SaveHandle": "resilient.checkpoint.handle",
     "protect": "resilient.checkpoint.checkpointer",

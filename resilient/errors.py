@@ -20,6 +20,8 @@
         └── OverBudget (MemoryError)  an image does not fit the memory budget
 
 A message says what happened, where (rank, step, tensor, path), and what to do.
+
+`Preempted` is no error: it ends the program after a save, with an exit code that launchers know.
 """
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "NotACheckpoint",
     "OverBudget",
     "PolicyError",
+    "Preempted",
     "RankFailed",
     "ReconfigureError",
     "ResilientError",
@@ -118,3 +121,19 @@ class UrlInUse(UsageError):
 
 class OverBudget(UsageError, MemoryError):
     """An image does not fit the memory budget."""
+
+
+class Preempted(SystemExit):
+    """All ranks have stopped after the same save, as somebody asked them to: `step` is where the job goes on.
+
+    Its `code` is `SAFE` (75, "try again later" in sysexits.h) when the step is durable, or could not be made so and the
+    log says why: the machines may go. It is `REGROUP` (76) when the step is in memory, for a job that starts anew on
+    the same machines.
+    """
+
+    SAFE = 75
+    REGROUP = 76
+
+    def __init__(self, step: int, code: int) -> None:
+        super().__init__(code)
+        self.step = step

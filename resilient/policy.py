@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,9 +24,13 @@ __all__ = ["Policy", "parse_bytes"]
 
 PREFIX = "RESILIENT_"
 # Variables of ours that are not keys of the policy; each is read where its name says.
-OTHER_VARIABLES = frozenset({f"{PREFIX}{name}" for name in ("POLICY", "RUNTIME_DIR", "TOKEN", "NODE", "LOG")})
+OTHER_VARIABLES = frozenset(
+    {f"{PREFIX}{name}" for name in ("POLICY", "RUNTIME_DIR", "TOKEN", "NODE", "LOG", "EVENTS", "AGENT_STEP")}
+)
 
 _PARITY = re.compile(r"([1-9]\d*)\+([1-9]\d*)", re.ASCII)
+_SEPARATOR = re.compile(r"[\s,]+")
+_CATCHABLE = frozenset(signal.Signals.__members__) - {"SIGKILL", "SIGSTOP"}
 _MOST_MEMBERS = 127  # of a parity group: twice as many, where the nodes do not divide, still fit the code
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(b|[kmgt]i?b)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"b": 1} | {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
@@ -52,6 +57,9 @@ class Policy:
     on_pressure: Literal["wait", "skip"] = "wait"
     durable_compression: Literal["zstd"] | None = None
     run_id: str | None = None
+    preempt_signals: str | None = None
+    regroup_signals: str | None = None
+    grace_s: float | None = None
     agent_idle_s: float = 600.0
     write_timeout_s: float = 600.0
     fence_timeout_s: float = 120.0
@@ -70,6 +78,11 @@ class Policy:
             raise PolicyError(
                 f"failure_domains = {self.failure_domains!r} has no effect, because there is no parity; "
                 'set parity, for example to "4+1", or leave failure_domains out'
+            )
+        both = {*self.signals("preempt_signals")} & {*self.signals("regroup_signals")}
+        if both:
+            raise PolicyError(
+                f"{signal.Signals(min(both)).name} is in preempt_signals and in regroup_signals: leave it out of one"
             )
         for key, value, default in (("local_every", self.local_every, 1), ("local_keep_last", self.local_keep_last, 2)):
             if self.local is None and value != default:
@@ -94,6 +107,11 @@ class Policy:
         """k and m of the parity level; None without one."""
         match = _PARITY.fullmatch(self.parity.strip()) if self.parity is not None else None
         return None if match is None else (int(match[1]), int(match[2]))
+
+    def signals(self, key: Literal["preempt_signals", "regroup_signals"]) -> tuple[int, ...]:
+        """The numbers of the signals that a key names."""
+        names = getattr(self, key)
+        return () if names is None else _signals(names)
 
     def budget_bytes(self, image_bytes: int) -> int:
         """The memory that one rank's images may take, in bytes, for images of `image_bytes`.
@@ -198,11 +216,12 @@ def _whole(least: int, *, can_be_none: bool = False) -> _Rule:
     )
 
 
-def _seconds() -> _Rule:
+def _seconds(*, can_be_none: bool = False) -> _Rule:
     return _Rule(
         expects="a number of seconds above 0",
         accepts=lambda value: type(value) in (int, float) and math.isfinite(value) and value > 0,
         from_text=float,
+        can_be_none=can_be_none,
     )
 
 
@@ -225,6 +244,29 @@ def _one_of(*choices: str, can_be_none: bool = False) -> _Rule:
 def _is_parity(value: object) -> bool:
     match = _PARITY.fullmatch(value.strip()) if isinstance(value, str) else None
     return match is not None and int(match[1]) + int(match[2]) <= _MOST_MEMBERS
+
+
+def _signals(names: str) -> tuple[int, ...]:
+    """Raises ValueError for a name that no signal has, or only one that cannot be caught."""
+    split = _SEPARATOR.split(names.strip())
+    if not _CATCHABLE.issuperset(split):
+        raise ValueError(f"{names!r} is not a list of signals")
+    return tuple(int(signal.Signals[name]) for name in split)
+
+
+def _is_signals(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        return bool(_signals(value))
+    except ValueError:
+        return False
+
+
+def _names_of_signals() -> _Rule:
+    return _Rule(
+        expects='names of signals that can be caught, such as "SIGUSR1 SIGTERM"', accepts=_is_signals, can_be_none=True
+    )
 
 
 def _is_budget(value: object) -> bool:
@@ -265,6 +307,9 @@ _RULES = {
     "on_pressure": _one_of("wait", "skip"),
     "durable_compression": _one_of("zstd", can_be_none=True),
     "run_id": _words("a name of printable characters"),
+    "preempt_signals": _names_of_signals(),
+    "regroup_signals": _names_of_signals(),
+    "grace_s": _seconds(can_be_none=True),
     "agent_idle_s": _seconds(),
     "write_timeout_s": _seconds(),
     "fence_timeout_s": _seconds(),
