@@ -11,7 +11,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from resilient.checkpoint.board import Board
 from resilient.checkpoint.capture import Capture, Job
+from resilient.checkpoint.ending import Ending
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.handle import LEVELS, Pending, SaveHandle
 from resilient.checkpoint.leaves import walk
@@ -30,9 +30,9 @@ from resilient.checkpoint.place import normal_url
 from resilient.checkpoint.plan import Plan, make_plan
 from resilient.checkpoint.restore.restorer import Restored, Restorer
 from resilient.checkpoint.stateful import check_state
-from resilient.checkpoint.stopping import PREEMPT, REGROUP, Stopping
+from resilient.checkpoint.stopping import PREEMPT, REGROUP, Decision, Stopping, store_of
 from resilient.checkpoint.world import join_world
-from resilient.errors import LevelFailed, Preempted, ResilientError, SnapshotSkipped, TornCapture, UsageError
+from resilient.errors import LevelFailed, ResilientError, SnapshotSkipped, TornCapture, UsageError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
@@ -51,7 +51,6 @@ class Statistics:
     failures: int = 0
     call_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
     fence_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
-    durable_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=1000))  # from the save until it is safe
 
 
 class Checkpointer:
@@ -82,12 +81,19 @@ class Checkpointer:
         self._metadata = {"format": "resilient", "rank": str(self.world.rank), "world_size": str(self.world.world_size)}
         hello = hello_of(self._policy.run_identity(self._url, os.environ), self._url, self.world, self._policy)
         self._board = Board.of(self.world, hello.run_id)
-        self._stopping = Stopping.of(self.world, hello.run_id)
         self._link = AgentLink(
             hello,
             self._policy,
             self._pending,
             self._board,
+        )
+        self._ending = Ending(self.world, self._policy, self._pending, self._link)
+        self._stopping = Stopping(
+            self.world,
+            store_of(self.world, hello.run_id),
+            grace_s=self._policy.grace_s,
+            flush_s=self._ending.flush_s,
+            on_decided=self._ending.decided,
         )
         self._renew()
         self._capture = Capture(
@@ -102,7 +108,7 @@ class Checkpointer:
         self._link.introduce = self._peering.introduce if self._peering is not None else None
         self._capture.start()
         self._hooks = self._hook_optimizers()
-        self._closed = self._warned = False
+        self._closed = False
         self._stopping.start(self._policy.signals("preempt_signals"), self._policy.signals("regroup_signals"))
         self._at_exit = weakref.finalize(self, _leave, self._capture, self._link, self._stopping)
 
@@ -118,8 +124,10 @@ class Checkpointer:
         if self._closed or step < 0:
             raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
         self._report()
-        stop = self._stopping.enter()
-        due = self._levels_due(step, PREEMPT if durable else stop)
+        stop = self._stopping.enter(step if durable or self._policy.levels_due(step) else None)
+        if stop is not None and stop.step is not None:
+            self._end(stop, None)
+        due = self._levels_due(step, PREEMPT if durable else stop.kind if stop is not None else None)
         handle = SaveHandle(step, due)
         if not due:
             return handle
@@ -129,10 +137,10 @@ class Checkpointer:
         self._capture.submit(self._job(step, due, plan))
         self.statistics.saves += 1
         self.statistics.call_seconds.append(time.perf_counter() - began)
-        if stop is not None:
-            self._stop(handle, stop)
         if "durable" in due:
-            self._watch_flush(handle)
+            self._ending.watch(handle)
+        if stop is not None:
+            self._end(stop, handle)
         return handle
 
     def request_stop(self, *, durable: bool = True) -> None:
@@ -249,50 +257,12 @@ class Checkpointer:
             self.statistics.failures += 1
             _log.warning("rank %d: %s", self.world.rank, failure)
 
-    # ---- stopping
-
-    def _stop(self, handle: SaveHandle, kind: str) -> NoReturn:
-        """Wait until the step is as safe as it has to be, on every rank, and end the program. Raises Preempted."""
-        grace_s = self._policy.grace_s
-        left_s = (
-            self._policy.write_timeout_s if grace_s is None else max(1.0, grace_s - self._stopping.since_notice_s())
-        )
-        deadline = time.monotonic() + left_s
-        problems = []
-        for level in handle.levels:
-            try:
-                handle.durable(level).result(max(0.0, deadline - time.monotonic()))
-            except (ResilientError, TimeoutError) as error:
-                problems.append(f"{level}: {str(error) or f'not within {left_s:.0f} s'}")
-        # Also so that no rank takes the job's store away while others wait to hear of the last level.
-        told = self.world.gather(problems)
-        for rank, texts in enumerate(told):
-            for text in texts if rank == self.world.rank else []:
-                _log.error("rank %d: step %d is not safe at level %s", rank, handle.step, text)
-        code = Preempted.REGROUP if kind == REGROUP else Preempted.SAFE
-        if not any(told) and self.world.rank == 0:
-            _log.warning("rank %d: stops after step %d, which is safe (%s)", self.world.rank, handle.step, kind)
+    def _end(self, decision: Decision, handle: SaveHandle | None) -> NoReturn:
+        """Wait until the step is safe on every rank, and end the program. Raises Preempted."""
+        end = self._ending.wait(decision, handle, self._stopping.left_s())
         self._stopping.keep_signals()
         self.close(keep_memory=True)
-        raise Preempted(handle.step, code)
-
-    def _watch_flush(self, handle: SaveHandle) -> None:
-        """Say in advance when a flush takes longer than the machines would wait for it."""
-        grace_s, began = self._policy.grace_s, time.monotonic()
-
-        def done(future: "Future[int]") -> None:
-            took_s = time.monotonic() - began
-            if future.exception() is None:
-                self.statistics.durable_seconds.append(took_s)
-            if future.exception() is None and grace_s is not None and took_s > grace_s and not self._warned:
-                self._warned = True
-                _log.warning(
-                    "rank %d: step %d was durable %.0f s after its save, but grace_s is %g: after a preemption the job "
-                    "may lose more than a step; ask for a longer grace, or write to a faster place",
-                    *(self.world.rank, handle.step, took_s, grace_s),
-                )
-
-        handle.durable("durable").add_done_callback(done)
+        raise end
 
     # ---- wiring
 

@@ -36,6 +36,13 @@ class SaveHandle:
         future.set_exception(self._skipped())
         return future
 
+    def add(self, level: str) -> Future[int]:
+        """The step is due at one more level, after all; the future of that."""
+        if level not in self._durable:
+            self._durable[level] = Future()
+            self.levels = (*self.levels, level)
+        return self._durable[level]
+
     def _skipped(self) -> SnapshotSkipped:
         return SnapshotSkipped(f"step {self.step} is not due at this level by the policy")
 
@@ -60,6 +67,15 @@ class Pending:
                 self.fail("memory", earlier.step, SnapshotSkipped(reason))
         with self._lock:
             self._handles[handle.step] = handle
+
+    def also(self, level: str, step: int) -> Future[int]:
+        """Await a step at one more level, whether or not anything is awaited for it already."""
+        with self._lock:
+            handle = self._handles.get(step)
+            if handle is None:
+                handle = self._handles[step] = SaveHandle(step, (level,))
+                handle.captured.set_result(step)
+            return handle.add(level)
 
     def captured(self, step: int) -> None:
         handle = self._handles.get(step)

@@ -131,6 +131,10 @@ class AgentLink:
         else:
             self._connected().failed("memory", step, self._hello.rank, reason)
 
+    def make_durable(self, step: int) -> None:
+        """As AgentClient.make_durable; on any thread. Raises AgentLost too."""
+        self._connected().make_durable(step)
+
     # ---- the end
 
     def close(self, *, keep: bool, timeout_s: float) -> list[str]:

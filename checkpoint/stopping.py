@@ -1,10 +1,11 @@
 """How all ranks come to stop after one and the same save: before a preemption, or because the job is to be regrouped.
 
     notice      a rank gets a signal, or is asked to stop; its thread tells the job's store
-    armed       every rank's thread sees that and answers with the number of saves it has begun; from here on its next
-                save waits for the decision (ranks answer by a thread, so none waits for another's training)
-    decided     the last to answer decides: one save after the furthest rank, which nobody can have passed
-    the stop    that save is made as safe as was asked for, and then ends the program with `Preempted`
+    armed       every rank's thread sees that and answers how many saves it has begun, and for which step the last one
+                was; from here on its next save waits for the decision (threads answer, so none waits for training)
+    decided     the last to answer decides: one save after the furthest rank, which nobody can have passed; or, where
+                that is too far off for the time that is left, at once, with the newest step that all have begun to save
+    the stop    that step is made as safe as was asked for, and then `save` ends the program with `Preempted`
 
 Saves are counted, not steps: ranks may run a step apart, but call `save` equally often. A notice must come by a signal
 that nobody uses to end processes for other reasons: torchrun ends the workers that survive a failure with SIGTERM, and
@@ -16,8 +17,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -34,32 +35,84 @@ REGROUP = "regroup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a rank says when it is armed. `step`: of its last save that was due, None if there was none in this life.
+
+    `late`: by its clock the machine will be gone before the stop could be reached and be safe.
+    """
+
+    saves: int
+    step: int | None
+    late: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """All ranks stop in their save number `last_save`, counted from 1 in this life."""
+    """All ranks stop in their save number `last_save`, counted from 1 in this life, or in a later one.
+
+    `step`: nothing more is saved, and this step, which all have begun to save, is made safe at once; None: what
+    `last_save` saves is.
+    """
 
     kind: str
     last_save: int
+    step: int | None
     reason: str
 
 
-def decide(kind: str, begun: Sequence[int]) -> Decision:
-    """Where to stop, when each rank has begun so many saves and begins no other but the next before it knows."""
-    furthest = max(begun)
-    where = f"ranks {[rank for rank, saves in enumerate(begun) if saves == furthest][:3]} are the furthest"
-    return Decision(kind=kind, last_save=furthest + 1, reason=f"after save {furthest}: {where}")
+def is_late(left_s: float | None, step_s: float, flush_s: float | None) -> bool:
+    """Whether two more steps (to the furthest rank's next save) and a flush take longer than is left.
+
+    All in seconds. None: nobody knows how much is left, or how long a flush takes; then half of what is left is taken.
+    """
+    return left_s is not None and 2 * step_s + (left_s / 2 if flush_s is None else flush_s) > left_s
+
+
+def decide(kind: str, answers: Sequence[Answer]) -> Decision:
+    """Where to stop, when each rank has answered and begins no other save before it knows."""
+    furthest = max(answer.saves for answer in answers)
+    steps = [answer.step for answer in answers if answer.step is not None]
+    late = [rank for rank, answer in enumerate(answers) if answer.late]
+    if kind == PREEMPT and late and len(steps) == len(answers):
+        reason = f"at once, with step {min(steps)}: rank {late[0]} sees no time for more"
+        return Decision(kind=kind, last_save=0, step=min(steps), reason=reason)
+    first = next(rank for rank, answer in enumerate(answers) if answer.saves == furthest)
+    reason = f"in save {furthest + 1}: rank {first} is the furthest"
+    return Decision(kind=kind, last_save=furthest + 1, step=None, reason=reason)
+
+
+def store_of(world: World, run_id: str) -> dist.Store:
+    """What the ranks share: the job's store; for a single rank one of its own. `run_id` as all ranks know it."""
+    if world.world_size == 1:
+        return dist.HashStore()
+    return dist.PrefixStore(f"resilient/{run_id}/stop", dist.distributed_c10d._get_default_store())
 
 
 class Stopping:
     """One rank's part. `ask` is for any thread and for signal handlers, `enter` for the training thread."""
 
-    def __init__(self, world: World, store: dist.Store | None) -> None:
-        """`store` is what the ranks share; None for a single rank."""
+    def __init__(
+        self,
+        world: World,
+        store: dist.Store,
+        grace_s: float | None = None,
+        flush_s: Callable[[], float | None] = lambda: None,
+        on_decided: Callable[[Decision], None] = lambda _: None,
+    ) -> None:
+        """`store` is what the ranks share. `grace_s`: from a notice until the machine is taken, `flush_s`: how long a
+        step takes to become durable, as far as known. `on_decided` is called once, on a thread of its own.
+        """
         self._world = world
         self._store = store
+        self._grace_s = grace_s
+        self._flush_s = flush_s
+        self._on_decided = on_decided
         self._changed = threading.Condition()
         self._asked: str | None = None
         self._prefix = ""
         self._saves = 0
+        self._step: int | None = None
+        self._saved_at = self._step_s = 0.0
         self._armed = False
         self._gave_up = False
         self._decision: Decision | None = None
@@ -68,13 +121,6 @@ class Stopping:
         self._thread: threading.Thread | None = None
         self._handlers: dict[int, Any] = {}
 
-    @classmethod
-    def of(cls, world: World, run_id: str) -> "Stopping":
-        """The one that fits the world; `run_id` as all ranks know it."""
-        if world.world_size == 1:
-            return cls(world, None)
-        return cls(world, dist.PrefixStore(f"resilient/{run_id}/stop", dist.distributed_c10d._get_default_store()))
-
     # ---- asking
 
     def start(self, preempt: Sequence[int] = (), regroup: Sequence[int] = ()) -> None:
@@ -82,9 +128,8 @@ class Stopping:
 
         Only the main thread can take signals; elsewhere it is said and left.
         """
-        if self._store is not None:
-            self._thread = threading.Thread(target=self._loop, name="resilient-stopping", daemon=True)
-            self._thread.start()
+        self._thread = threading.Thread(target=self._loop, name="resilient-stopping", daemon=True)
+        self._thread.start()
         for numbers, kind in ((preempt, PREEMPT), (regroup, REGROUP)):
             for number in numbers:
                 try:
@@ -104,26 +149,31 @@ class Stopping:
     def renew(self, life: str) -> None:
         """All ranks start anew together: saves are counted from here. A notice that was not yet acted on stands."""
         with self._changed:
-            self._prefix, self._saves, self._decision = f"{life}/", 0, None
+            self._prefix, self._saves, self._step, self._decision = f"{life}/", 0, None, None
             self._armed = self._gave_up = False
 
-    def enter(self) -> str | None:
-        """Count a save that begins; what kind of stop it is to end in, if in any. Waits only while ranks agree."""
-        with self._changed:
-            self._saves += 1
-            if self._store is None:
-                return self._asked
-            if not self._armed or self._gave_up:
-                return None
-            if not self._changed.wait_for(lambda: self._decision is not None, _DECISION_S):
-                _log.warning("rank %d: the ranks did not agree on where to stop; training goes on", self._world.rank)
-                self._gave_up = True
-            decision = self._decision
-            return decision.kind if decision is not None and self._saves >= decision.last_save else None
+    def enter(self, step: int | None = None) -> Decision | None:
+        """Count a save that begins, of `step` if it is due; the decision, if this is where the rank stops.
 
-    def since_notice_s(self) -> float:
-        """How long ago this rank heard that it is to stop, in seconds."""
-        return 0.0 if self._noticed_at is None else time.monotonic() - self._noticed_at
+        Waits only while ranks agree.
+        """
+        with self._changed:
+            now = time.monotonic()
+            self._step_s, self._saved_at = now - self._saved_at if self._saves else 0.0, now
+            self._saves += 1
+            if self._armed and not self._gave_up:
+                if not self._changed.wait_for(lambda: self._decision is not None, _DECISION_S):
+                    _log.warning("rank %d: the ranks did not agree where to stop; it goes on", self._world.rank)
+                    self._gave_up = True
+                if self._decision is not None and self._saves >= self._decision.last_save:
+                    return self._decision
+            self._step = self._step if step is None else step
+            return None
+
+    def left_s(self) -> float | None:
+        """How much of the grace time is left, in seconds; None where it is not known how long that is."""
+        heard_at = self._noticed_at
+        return None if self._grace_s is None or heard_at is None else self._grace_s - (time.monotonic() - heard_at)
 
     def keep_signals(self) -> None:
         """The stop is under way: further notices must not end the process before it is safe, nor after."""
@@ -155,18 +205,23 @@ class Stopping:
 
     def _turn(self) -> None:
         store, prefix = self._store, self._prefix
-        assert store is not None
         notice, decided = f"{prefix}notice", f"{prefix}decision"
         if self._asked is not None and not store.check([notice]):
             store.set(notice, self._asked)  # of two notices either will do: what counts is in the decision
         if not self._armed and store.check([notice]):
             self._answer(store, prefix, store.get(notice).decode())
         if self._armed and self._decision is None and store.check([decided]):
-            with self._changed:
-                if prefix == self._prefix:
-                    self._decision = Decision(**json.loads(store.get(decided)))
-                    _log.info("rank %d: stops %s", self._world.rank, self._decision.reason)
-                    self._changed.notify_all()
+            self._take(prefix, Decision(**json.loads(store.get(decided))))
+
+    def _take(self, prefix: str, decision: Decision) -> None:
+        with self._changed:
+            if prefix != self._prefix:
+                return
+            self._decision = decision
+            self._changed.notify_all()
+        if self._world.rank == 0:
+            _log.warning("all ranks stop (%s) %s", decision.kind, decision.reason)
+        threading.Thread(target=self._on_decided, args=(decision,), name="resilient-stop", daemon=True).start()
 
     def _answer(self, store: dist.Store, prefix: str, kind: str) -> None:
         self.ask(kind)  # from here on this rank knows when it heard
@@ -174,10 +229,10 @@ class Stopping:
             if prefix != self._prefix:
                 return
             self._armed = True
-            saves = self._saves
-        store.set(f"{prefix}begun/{self._world.rank}", str(saves))
+            late = is_late(self.left_s(), self._step_s, self._flush_s())
+            answer = Answer(saves=self._saves, step=self._step, late=late)
+        store.set(f"{prefix}answer/{self._world.rank}", json.dumps(asdict(answer)))
         if store.add(f"{prefix}answers", 1) == self._world.world_size:
-            keys = [f"{prefix}begun/{rank}" for rank in range(self._world.world_size)]
-            decision = decide(kind, [int(store.get(key)) for key in keys])
-            told = {"kind": decision.kind, "last_save": decision.last_save, "reason": decision.reason}
-            store.set(f"{prefix}decision", json.dumps(told))
+            texts = [store.get(f"{prefix}answer/{rank}") for rank in range(self._world.world_size)]
+            decision = decide(kind, [Answer(**json.loads(text)) for text in texts])
+            store.set(f"{prefix}decision", json.dumps(asdict(decision)))

@@ -181,6 +181,13 @@ class AgentClient:
         """A step cannot become complete at a level; for memory also before any slot was begun for it."""
         self._connection.send("failed", level=level, step=step, rank=rank, reason=reason)
 
+    def make_durable(self, step: int) -> None:
+        """Have this rank's sealed image written to the durable level, where it was not due. Blocks until it is begun.
+
+        Raises LevelFailed when the image is not in memory.
+        """
+        self._connection.request("write", step=step)
+
     def flush(self, timeout_s: float) -> list[str]:
         """Wait until none of this rank's writes is pending; what failed since the last flush. Raises LevelFailed."""
         try:

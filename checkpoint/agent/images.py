@@ -254,15 +254,21 @@ class Images:
         self, session: int, image_rank: int, step: int, world_size: int | None, slot_id: int | None = None
     ) -> tuple[Message, list[int]]:
         """Lend a sealed image; the descriptor is the caller's. Raises LevelFailed if it is not (or no more) there."""
+        slot, record = self.sealed_image(image_rank, step, world_size, slot_id)
+        slot.pins += 1
+        self._readers.setdefault(session, Counter())[slot.id] += 1
+        return {"slot": slot.id, "record": record.text()}, [self._memory[slot.id].read_only_fd()]
+
+    def sealed_image(
+        self, image_rank: int, step: int, world_size: int | None = None, slot_id: int | None = None
+    ) -> tuple[Slot, Record]:
+        """A sealed image. Raises LevelFailed if it is not (or no more) there."""
         slot = self.slots.find(image_rank, step, world_size, slot_id)
         if slot is None:
             raise LevelFailed(
                 f"the image of rank {image_rank} at step {step} is not in this node's memory; use another level"
             )
-        slot.pins += 1
-        self._readers.setdefault(session, Counter())[slot.id] += 1
-        record = self._records[slot.id]
-        return {"slot": slot.id, "record": record.text()}, [self._memory[slot.id].read_only_fd()]
+        return slot, self._records[slot.id]
 
     def unmap(self, session: int, slot_id: int) -> None:
         lent = self._readers.get(session, Counter())

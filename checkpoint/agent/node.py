@@ -7,7 +7,8 @@ Requests get a reply, the others none:
     images, map, unmap           reading sealed images           scratch, adopt, release   loading images
     token, listen, join          the agents of other nodes       recoverable, others, recover   images that those have
     restored  the image that the rank goes on from; its others are not needed
-    flush     wait for this rank's writes                        status    what the agent holds and uses
+    write     a sealed image to the durable level, after all     flush     wait for this rank's writes
+    status    what the agent holds and uses
     bye       a clean end: with keep = false from all ranks of the node the agent may end too
 
 Events: sealed {step, rank} · complete {level, step} · failed {level, step, rank, error} · free {slot} · slot {slot,
@@ -47,6 +48,7 @@ from resilient.checkpoint.agent.snapshots import (
     LEVELS,
     LOCAL,
     PARITY,
+    Progress,
     Snapshot,
     Snapshots,
     Tell,
@@ -96,6 +98,7 @@ class Node:
             "release": self._release,
             "restored": self._restored,
             **OtherNodes(self).operations(),
+            "write": self._write,
             "flush": self._flush,
             "status": lambda _session, _message: (self._status(), []),
             "bye": self._bye,
@@ -379,6 +382,19 @@ class Node:
         return NOTHING
 
     # --- the rest
+
+    def _write(self, session: Session, message: Message) -> Answer:
+        rank, step = rank_of(session), whole(message, "step")
+        slot, record = self.images.sealed_image(rank, step)
+        snapshot = slot.snapshot
+        assert snapshot is not None
+        if snapshot.progress.get(DURABLE) is Progress.FAILED:
+            raise UsageError(f"step {step} could not be made durable when it was due")
+        if snapshot.is_complete(DURABLE):  # it was due, and has been told of: whoever asks now waits for it again
+            self.send(rank, {"event": "complete", "level": DURABLE, "step": step})
+        elif not self.writing.has(snapshot, rank, DURABLE):
+            self.writing.write(slot, record, (DURABLE,))
+        return NOTHING
 
     def _flush(self, session: Session, message: Message) -> None:
         self._flushing.append((session, whole(message, "id")))

@@ -15,7 +15,7 @@ from typing import Protocol
 from resilient.checkpoint.agent.loop import Loop
 from resilient.checkpoint.agent.retention import Deletions, durable_deletions, local_deletions
 from resilient.checkpoint.agent.slots import Slot
-from resilient.checkpoint.agent.snapshots import DURABLE, LOCAL, Progress, Snapshots, Tell
+from resilient.checkpoint.agent.snapshots import DURABLE, LOCAL, Progress, Snapshot, Snapshots, Tell
 from resilient.checkpoint.agent.writer import Cancelled, Job, LevelWriter
 from resilient.checkpoint.digest import BLOCK_BYTES, digest
 from resilient.checkpoint.levels.files import FileStore
@@ -126,6 +126,12 @@ class Writing:
             then_durable = due == [LOCAL, DURABLE]
             write = _Write(level=due[0], key=snapshot.key, record=record, slot=slot, then_durable=then_durable)
             self._submit(write)
+
+    def has(self, snapshot: Snapshot, rank: int, level: str) -> bool:
+        """Whether a rank's image is at a level, or on its way there."""
+        pending = [write for write in self._writes if (write.key, write.record.rank) == (snapshot.key, rank)]
+        on_its_way = any(write.level == level or (level == DURABLE and write.then_durable) for write in pending)
+        return on_its_way or rank in snapshot.arrived.get(level, ())
 
     def cancel_failed(self) -> None:
         """Give up the writes of snapshots that have failed meanwhile."""

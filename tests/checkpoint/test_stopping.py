@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from resilient.checkpoint.stopping import PREEMPT, REGROUP, Stopping, decide
+from resilient.checkpoint.stopping import PREEMPT, REGROUP, Answer, Decision, Stopping, decide, is_late
 from resilient.checkpoint.world import World
 from resilient.errors import PolicyError
 from resilient.policy import Policy
@@ -19,9 +20,9 @@ _MANY = 10_000  # saves; nobody gets as far
 
 
 @contextmanager
-def ranks(count: int) -> Iterator[list[Stopping]]:
-    store = dist.HashStore() if count > 1 else None
-    made = [Stopping(World(rank=rank, world_size=count, nodes=("n",) * count), store) for rank in range(count)]
+def ranks(count: int, **how: Any) -> Iterator[list[Stopping]]:
+    store = dist.HashStore()
+    made = [Stopping(World(rank=rank, world_size=count, nodes=("n",) * count), store, **how) for rank in range(count)]
     for one in made:
         one.renew("life")
         one.start()
@@ -30,20 +31,23 @@ def ranks(count: int) -> Iterator[list[Stopping]]:
         one.close()
 
 
-def until_stopped(stopping: Stopping, before_save: Callable[[int], None] = lambda _: None) -> tuple[int, str | None]:
+def until_stopped(
+    stopping: Stopping, before_save: Callable[[int], None] = lambda _: None
+) -> tuple[int, Decision | None]:
+    """Saves of the steps 10, 20, 30 and so on, each after a short while; which was the last, and why."""
     for save in range(1, _MANY):
         before_save(save)
-        kind = stopping.enter()
-        if kind is not None:
-            return save, kind
+        decision = stopping.enter(10 * save)
+        if decision is not None:
+            return save, decision
         stopping._ended.wait(0.001)  # a step
     return _MANY, None
 
 
-def run(rows: list[Callable[[], tuple[int, str | None]]]) -> list[tuple[int, str | None]]:
-    results: dict[int, tuple[int, str | None]] = {}
+def run(rows: list[Callable[[], tuple[int, Decision | None]]]) -> list[tuple[int, Decision | None]]:
+    results: dict[int, tuple[int, Decision | None]] = {}
 
-    def work(number: int, row: Callable[[], tuple[int, str | None]]) -> None:
+    def work(number: int, row: Callable[[], tuple[int, Decision | None]]) -> None:
         results[number] = row()
 
     threads = [threading.Thread(target=work, args=pair) for pair in enumerate(rows)]
@@ -55,9 +59,26 @@ def run(rows: list[Callable[[], tuple[int, str | None]]]) -> list[tuple[int, str
 
 
 def test_the_stop_is_one_save_after_the_furthest_rank() -> None:
-    decision = decide(PREEMPT, [7, 8, 7, 8])
-    assert (decision.kind, decision.last_save) == (PREEMPT, 9)
-    assert "[1, 3]" in decision.reason
+    decision = decide(PREEMPT, [Answer(saves=saves, step=saves, late=False) for saves in (7, 8, 7, 8)])
+    assert (decision.kind, decision.last_save, decision.step) == (PREEMPT, 9, None)
+    assert "rank 1 is the furthest" in decision.reason
+
+
+def test_where_time_is_short_the_newest_step_that_all_have_begun_to_save_has_to_do() -> None:
+    answers = [Answer(saves=8, step=80, late=False), Answer(saves=7, step=70, late=True)]
+    decision = decide(PREEMPT, answers)
+    assert (decision.last_save, decision.step) == (0, 70)
+    assert "rank 1 sees no time" in decision.reason
+    assert decide(REGROUP, answers).step is None, "nobody takes these machines away"
+    assert decide(PREEMPT, [*answers, Answer(saves=0, step=None, late=True)]).step is None, "one has saved nothing yet"
+
+
+def test_two_steps_and_a_flush_have_to_fit_into_what_is_left() -> None:
+    assert not is_late(None, 1000.0, 1000.0)
+    assert not is_late(60.0, 10.0, 39.0)
+    assert is_late(60.0, 10.0, 41.0)
+    assert not is_late(60.0, 14.0, None)
+    assert is_late(60.0, 16.0, None)
 
 
 @pytest.mark.parametrize("asking", [0, 2])
@@ -68,13 +89,14 @@ def test_all_ranks_stop_at_the_same_save_whoever_hears_the_notice(asking: int) -
             if save == 30:
                 made[asking].ask()
 
-        def row(rank: int) -> Callable[[], tuple[int, str | None]]:
-            return lambda: until_stopped(made[rank], ask_at_30 if rank == asking else lambda _: None)
+        def row(rank: int) -> Callable[[], tuple[int, Decision | None]]:
+            return partial(until_stopped, made[rank], ask_at_30 if rank == asking else lambda _: None)
 
         found = run([row(rank) for rank in range(3)])
-    assert {kind for _, kind in found} == {PREEMPT}
-    assert len({save for save, _ in found}) == 1
-    assert found[0][0] > 30 or asking != 0
+    assert len(set(found)) == 1
+    save, decision = found[0]
+    assert decision is not None
+    assert (decision.kind, decision.last_save) == (PREEMPT, save)
 
 
 def test_ranks_in_lockstep_are_never_further_apart_than_the_decision_allows() -> None:
@@ -91,7 +113,8 @@ def test_ranks_in_lockstep_are_never_further_apart_than_the_decision_allows() ->
 
         found = run([partial(until_stopped, made[rank], in_step(rank)) for rank in range(4)])
     assert len(set(found)) == 1
-    assert found[0][1] == REGROUP
+    assert found[0][1] is not None
+    assert found[0][1].kind == REGROUP
 
 
 def test_a_rank_that_stands_still_holds_the_others_until_it_goes_on_but_not_the_decision() -> None:
@@ -103,14 +126,35 @@ def test_a_rank_that_stands_still_holds_the_others_until_it_goes_on_but_not_the_
                 made[1].ask()
                 go_on.wait(30)
 
-        def quick() -> tuple[int, str | None]:
+        def quick() -> tuple[int, Decision | None]:
             found = until_stopped(made[0])  # decides although the other is in the middle of its step
             go_on.set()
             return found
 
-        (quick_save, quick_kind), (slow_save, slow_kind) = run([quick, lambda: until_stopped(made[1], slow)])
-    assert (quick_kind, slow_kind) == (PREEMPT, PREEMPT)
-    assert quick_save == slow_save
+        found = run([quick, lambda: until_stopped(made[1], slow)])
+    assert found[0] == found[1]
+    assert found[0][1] is not None
+
+
+def test_ranks_without_time_begin_no_other_save_and_hear_of_it_in_mid_step() -> None:
+    decided = threading.Event()
+    taken: list[Decision] = []
+
+    def on_decided(decision: Decision) -> None:
+        taken.append(decision)
+        if len(taken) == 2:
+            decided.set()
+
+    with ranks(2, grace_s=1e-3, on_decided=on_decided) as made:
+
+        def long_step(save: int) -> None:
+            if save == 8:
+                made[1].ask()
+                assert decided.wait(30), "nobody is told before the step has ended"
+
+        found = run([partial(until_stopped, one, long_step) for one in made])
+    assert [save for save, _ in found] == [8, 8]
+    assert {decision.step for decision in taken} == {70}
 
 
 def test_a_notice_before_the_ranks_start_anew_stops_them_afterwards() -> None:
@@ -120,22 +164,24 @@ def test_a_notice_before_the_ranks_start_anew_stops_them_afterwards() -> None:
             one.renew("next life")
         found = run([partial(until_stopped, one) for one in made])
     assert len(set(found)) == 1
-    assert found[0][1] == PREEMPT
+    assert found[0][1] is not None
 
 
-def test_a_single_rank_stops_at_its_next_save() -> None:
+def test_a_single_rank_stops_too() -> None:
     with ranks(1) as (alone,):
-        assert alone.enter() is None
+        assert alone.enter(1) is None
         alone.ask()
-        assert alone.enter() == PREEMPT
+        assert until_stopped(alone)[1] is not None
 
 
 def test_a_signal_is_a_notice_and_goes_back_to_its_owner_afterwards() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    alone = Stopping(World(rank=0, world_size=1, nodes=("n",)), None)
+    alone = Stopping(World(rank=0, world_size=1, nodes=("n",)), dist.HashStore())
     alone.start([signal.SIGUSR1], [signal.SIGUSR2])
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert alone.enter() == PREEMPT
+    _, decision = until_stopped(alone)
+    assert decision is not None
+    assert decision.kind == PREEMPT
     alone.close()
     assert signal.getsignal(signal.SIGUSR1) is before
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,33 @@ def stopped_by(make: Callable[[], Job], url: str, folder: str, number: int, rank
         torch.save(facts(job.state), f"{folder}/{dist.get_rank()}")
         return end.step, int(str(end.code))
     raise AssertionError("it was never stopped")
+
+
+def stopped_in_a_long_step(make: Callable[[], Job], url: str, folder: str) -> tuple[int, int]:
+    """The machine goes before the step that is under way can end; the step before it is durable when it ends."""
+    job = made(make, 1)
+    checkpointer = Checkpointer(url, job.state, policy(grace_s=0.5))
+    try:
+        for step in range(1, _MANY):
+            if step == 6:
+                torch.save(facts(job.state), f"{folder}/{dist.get_rank()}")
+                if dist.get_rank() == 0:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                wait_for(Path(url), 5)
+            job.step()
+            checkpointer.save(step)
+            if step < 6:
+                time.sleep(0.3)  # how long a step takes
+    except Preempted as end:
+        return end.step, int(str(end.code))
+    raise AssertionError("it was never stopped")
+
+
+def wait_for(url: Path, step: int) -> None:
+    deadline = time.monotonic() + 40
+    while len(list(url.glob(f"step_{step:08}/rank_*.json"))) < dist.get_world_size():
+        assert time.monotonic() < deadline, f"step {step} is not durable"
+        time.sleep(0.05)
 
 
 def come_back(make: Callable[[], Job], url: str, folder: str) -> tuple[int | None, list[str], list[str]]:

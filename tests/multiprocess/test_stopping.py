@@ -48,6 +48,17 @@ def test_a_job_that_is_regrouped_goes_on_from_memory(tmp_path: Path, folder: str
     assert run(stopping.come_back, 2, jobs.fsdp, url, folder) == [(step, ["memory"], [])] * 2
 
 
+@pytest.mark.parametrize("nodes", [("a", "a"), ("a", "b")], ids=["one node", "two nodes"])
+def test_where_a_step_is_longer_than_the_grace_the_one_before_is_made_durable(
+    tmp_path: Path, folder: str, nodes: tuple[str, ...]
+) -> None:
+    url = str(tmp_path / "run")
+    ends = run(stopping.stopped_in_a_long_step, 2, jobs.fsdp, url, folder, nodes=nodes)
+    assert ends == [(5, SAFE)] * 2
+    found = run(stopping.come_back, 2, jobs.fsdp, url, folder, nodes=("x", "y"))
+    assert found == [(5, ["durable"], [])] * 2
+
+
 @pytest.mark.parametrize(("durable", "code"), [(True, SAFE), (False, REGROUP)])
 def test_a_program_can_ask_for_it_by_itself(tmp_path: Path, durable: bool, code: int) -> None:
     ends = run(stopping.ask_for_it, 2, jobs.ddp, str(tmp_path / "run"), durable)

@@ -227,3 +227,42 @@ def test_a_failed_snapshot_is_not_written_to_the_end(served: Served) -> None:
     gate.set()
     trainer.client.flush(20)
     assert [name for name in durable.list() if name.startswith("step_")] == []
+
+
+# --- durable after all
+
+
+def test_images_that_were_not_due_are_made_durable_when_their_ranks_ask(served: Served, durable: MemoryStore) -> None:
+    served.start(url=DURABLE_URL)
+    ranks = [Trainer(rank, 2, url=DURABLE_URL) for rank in (0, 1)]
+    for each in ranks:
+        each.plan(SMALL)
+        each.save(1, size=SMALL)
+    for each in ranks:
+        each.wait_for("complete", 1, "memory")
+    assert complete_steps(durable.list()) == {}
+    for each in ranks:
+        each.client.make_durable(1)
+        each.client.make_durable(1)  # asking again writes nothing again
+    for each in ranks:
+        each.wait_for("complete", 1, "durable")
+    assert list(complete_steps(durable.list())) == [1]
+
+
+def test_asking_for_what_is_durable_already_is_answered_again(served: Served, durable: MemoryStore) -> None:
+    served.start(url=DURABLE_URL)
+    trainer = Trainer(url=DURABLE_URL)
+    trainer.plan(SMALL)
+    trainer.save(1, levels=["durable"], size=SMALL)
+    trainer.wait_for("complete", 1, "durable")
+    trainer.events.clear()
+    trainer.client.make_durable(1)
+    trainer.wait_for("complete", 1, "durable")
+
+
+def test_an_image_that_is_not_in_memory_cannot_be_made_durable(served: Served, durable: MemoryStore) -> None:
+    served.start(url=DURABLE_URL)
+    trainer = Trainer(url=DURABLE_URL)
+    trainer.plan(SMALL)
+    with pytest.raises(LevelFailed, match="rank 0 at step 3 is not in this node's memory"):
+        trainer.client.make_durable(3)
