@@ -25,6 +25,8 @@ from resilient.comms.flows import Flow
 from resilient.comms.pack import Part, pack
 
 _EQUAL = 0.01  # flows whose sizes differ by less are equal: a tensor that does not divide
+_SWEEPS = 8
+_GAIN = 1e-3  # a sweep that wins less is the last
 _GRANULES = 8  # for each path, of a flow, where links have different rates
 
 
@@ -157,27 +159,70 @@ def _laid(numbers: Sequence[int], flows: Sequence[Flow], rooms: list[tuple[int, 
 def _by_granules(
     fabric: Fabric, flows: Sequence[Flow], crossing: Sequence[int], granules: int
 ) -> dict[int, list[Part]]:
-    """The largest flows first, each in so many equal granules; a granule goes where the fuller link stays emptiest."""
-    load: dict[tuple[str, int, int], float] = defaultdict(float)
-    placed: dict[int, list[Part]] = {}
-    for number in sorted(crossing, key=lambda number: (-flows[number].nbytes, number)):
-        flow = flows[number]
-        one, other = fabric.leaf_of[flow.source], fabric.leaf_of[flow.target]
+    """Each flow in so many equal granules, which go one by one where the fuller of the two links stays emptiest.
+
+    Flows with little choice come first, then the large ones; then each is placed anew, now that it is known what the
+    others need, for as long as that helps.
+    """
+    links = _Links(fabric)
+    order = sorted(crossing, key=lambda number: (len(links.usable(flows[number])), -flows[number].nbytes, number))
+    placed = {number: links.place(flows[number], granules) for number in order}
+    best, best_load = placed.copy(), links.fullest()
+    for _ in range(_SWEEPS if granules > 1 else 0):
+        for number in order:
+            links.take_away(flows[number], placed[number], granules)
+            placed[number] = links.place(flows[number], granules)
+        if links.fullest() >= best_load * (1 - _GAIN):
+            break
+        best, best_load = placed.copy(), links.fullest()
+    return {number: _in_order(counts, granules) for number, counts in best.items()}
+
+
+class _Links:
+    """What is placed on each link so far, in seconds."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self._up = [[0.0] * fabric.paths for _ in range(fabric.leaves)]
+        self._down = [[0.0] * fabric.paths for _ in range(fabric.leaves)]
+
+    def usable(self, flow: Flow) -> list[int]:
+        up, down = self._rates(flow)
+        return [path for path in range(self._fabric.paths) if up[path] and down[path]]
+
+    def place(self, flow: Flow, granules: int) -> dict[int, int]:
+        """How many granules go on each path; they are there on return."""
+        (up_rates, down_rates), (up, down) = self._rates(flow), self._loads(flow)
         size = flow.nbytes / granules
-        usable = [path for path in range(fabric.paths) if fabric.up[one][path] and fabric.down[other][path]]
-
-        def after(path: int, one: int = one, other: int = other, size: float = size) -> float:
-            up = load["up", one, path] + size / fabric.up[one][path]
-            return max(up, load["down", path, other] + size / fabric.down[other][path])
-
-        counts = dict.fromkeys(usable, 0)
+        paths = self.usable(flow)
+        counts = dict.fromkeys(paths, 0)
         for _ in range(granules):
-            path = min(usable, key=after)
+            path = min(
+                paths, key=lambda path: max(up[path] + size / up_rates[path], down[path] + size / down_rates[path])
+            )
             counts[path] += 1
-            load["up", one, path] += size / fabric.up[one][path]
-            load["down", path, other] += size / fabric.down[other][path]
-        placed[number] = _in_order(counts, granules)
-    return placed
+            self._add(flow, path, size)
+        return counts
+
+    def take_away(self, flow: Flow, counts: dict[int, int], granules: int) -> None:
+        for path, count in counts.items():
+            self._add(flow, path, -count * flow.nbytes / granules)
+
+    def fullest(self) -> float:
+        return max(load for row in (*self._up, *self._down) for load in row)
+
+    def _add(self, flow: Flow, path: int, nbytes: float) -> None:
+        (up_rates, down_rates), (up, down) = self._rates(flow), self._loads(flow)
+        up[path] += nbytes / up_rates[path]
+        down[path] += nbytes / down_rates[path]
+
+    def _rates(self, flow: Flow) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        leaf_of = self._fabric.leaf_of
+        return self._fabric.up[leaf_of[flow.source]], self._fabric.down[leaf_of[flow.target]]
+
+    def _loads(self, flow: Flow) -> tuple[list[float], list[float]]:
+        leaf_of = self._fabric.leaf_of
+        return self._up[leaf_of[flow.source]], self._down[leaf_of[flow.target]]
 
 
 def _in_order(counts: dict[int, int], granules: int) -> list[Part]:
