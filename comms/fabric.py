@@ -5,6 +5,7 @@ every host is a leaf of its own. Rates are in bytes a second; a link that has fa
 in `flows.py`, how they are cut and placed in `plan.py`.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,6 +69,15 @@ class Fabric:
         if any(row != first for row in (*self.up, *self.down)) or not any(first):
             return None
         return tuple(rate / sum(first) for rate in first)
+
+    def nominal(self) -> "Fabric":
+        """What it would be if no link were slow or failed: every path at the rate that most of its links have."""
+        row = []
+        for path in range(self.paths):
+            counts = Counter(rates[path] for rates in (*self.up, *self.down) if rates[path])
+            row.append(max(counts, key=lambda rate: (counts[rate], rate), default=0.0))
+        rows = (tuple(row),) * self.leaves
+        return replace(self, up=rows, down=rows)
 
     def with_rate(self, leaf: int, path: int, rate: float) -> "Fabric":
         """The same with one link, both ways, at another rate: 0 for one that has failed."""

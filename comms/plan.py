@@ -7,7 +7,8 @@ comparisons of numbers, which are the same on all machines). How it decides:
                                                    with the fewest cuts (Ethereal, arXiv 2407.00550, cuts up to 16 times
                                                    as often; its rule looks at one host alone)
     other sizes                                    each pair of leaves for itself, over all paths: exact, more cuts
-    links of different rates, failed links         granules, each where it makes the least load
+    some links slow or failed                      as if they were not, then `repair.py`: what is too much for them
+                                                   goes where it makes the least load
     messages below `least_bytes`                   whole: a piece costs more than it wins
 
 What came out is said by a certificate (`certificate.py`), which looks at the pieces alone.
@@ -23,11 +24,10 @@ from resilient.comms.colouring import colour
 from resilient.comms.fabric import Fabric
 from resilient.comms.flows import Flow
 from resilient.comms.pack import Part, pack
+from resilient.comms.repair import repair
 
+_NEAR = 1.02  # of the bound: what is won by more cuts is not worth them
 _EQUAL = 0.01  # flows whose sizes differ by less are equal: a tensor that does not divide
-_SWEEPS = 8
-_GAIN = 1e-3  # a sweep that wins less is the last
-_GRANULES = 8  # for each path, of a flow, where links have different rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +66,20 @@ def _crosses(fabric: Fabric, flow: Flow) -> bool:
 def _place(
     fabric: Fabric, flows: Sequence[Flow], crossing: Sequence[int], bound_s: float, *, whole: bool
 ) -> tuple[dict[int, list[Part]], str]:
-    sizes = [flows[number].nbytes for number in crossing]
-    shares = fabric.shares()
     if not crossing:
         return {}, "nothing leaves its leaf"
+    shares = fabric.shares()
     if shares is None:
-        return _by_granules(
-            fabric, flows, crossing, 1 if whole else _GRANULES * fabric.paths
-        ), "links of different rates"
+        nominal = fabric.nominal()
+        placed, reason = _place(nominal, flows, crossing, bound(nominal, flows)[0], whole=whole)
+        reason += ", around links of other rates"
+        found = repair(fabric, flows, placed, bound_s, whole=whole)
+        if whole or found.load_s <= bound_s * _NEAR:
+            return found.parts, reason
+        spread = _by_pairs(nominal, flows, crossing, nominal.shares() or (), whole=False)
+        other = repair(fabric, flows, spread, bound_s, whole=False)
+        return (other.parts, f"{reason}, all spread") if other.load_s < found.load_s / _NEAR else (found.parts, reason)
+    sizes = [flows[number].nbytes for number in crossing]
     if max(sizes) - min(sizes) > _EQUAL * max(sizes):
         return _by_pairs(fabric, flows, crossing, shares, whole=whole), "flows of different sizes"
     rates = [Fraction(rate) for rate in fabric.up[0]]
@@ -123,7 +129,7 @@ def _by_pairs(
     for number in crossing:
         groups[fabric.leaf_of[flows[number].source], fabric.leaf_of[flows[number].target]].append(number)
     if whole:
-        return _by_granules(fabric, flows, crossing, 1)
+        return repair(fabric, flows, {number: [] for number in crossing}, 0.0, whole=True).parts
     placed: dict[int, list[Part]] = {}
     for turn, numbers in enumerate(groups.values()):
         total = sum(flows[number].nbytes for number in numbers)
@@ -154,85 +160,6 @@ def _laid(numbers: Sequence[int], flows: Sequence[Flow], rooms: list[tuple[int, 
             done, left = done + taken, left - taken
         placed[number] = parts
     return placed
-
-
-def _by_granules(
-    fabric: Fabric, flows: Sequence[Flow], crossing: Sequence[int], granules: int
-) -> dict[int, list[Part]]:
-    """Each flow in so many equal granules, which go one by one where the fuller of the two links stays emptiest.
-
-    Flows with little choice come first, then the large ones; then each is placed anew, now that it is known what the
-    others need, for as long as that helps.
-    """
-    links = _Links(fabric)
-    order = sorted(crossing, key=lambda number: (len(links.usable(flows[number])), -flows[number].nbytes, number))
-    placed = {number: links.place(flows[number], granules) for number in order}
-    best, best_load = placed.copy(), links.fullest()
-    for _ in range(_SWEEPS if granules > 1 else 0):
-        for number in order:
-            links.take_away(flows[number], placed[number], granules)
-            placed[number] = links.place(flows[number], granules)
-        if links.fullest() >= best_load * (1 - _GAIN):
-            break
-        best, best_load = placed.copy(), links.fullest()
-    return {number: _in_order(counts, granules) for number, counts in best.items()}
-
-
-class _Links:
-    """What is placed on each link so far, in seconds."""
-
-    def __init__(self, fabric: Fabric) -> None:
-        self._fabric = fabric
-        self._up = [[0.0] * fabric.paths for _ in range(fabric.leaves)]
-        self._down = [[0.0] * fabric.paths for _ in range(fabric.leaves)]
-
-    def usable(self, flow: Flow) -> list[int]:
-        up, down = self._rates(flow)
-        return [path for path in range(self._fabric.paths) if up[path] and down[path]]
-
-    def place(self, flow: Flow, granules: int) -> dict[int, int]:
-        """How many granules go on each path; they are there on return."""
-        (up_rates, down_rates), (up, down) = self._rates(flow), self._loads(flow)
-        size = flow.nbytes / granules
-        paths = self.usable(flow)
-        counts = dict.fromkeys(paths, 0)
-        for _ in range(granules):
-            path = min(
-                paths, key=lambda path: max(up[path] + size / up_rates[path], down[path] + size / down_rates[path])
-            )
-            counts[path] += 1
-            self._add(flow, path, size)
-        return counts
-
-    def take_away(self, flow: Flow, counts: dict[int, int], granules: int) -> None:
-        for path, count in counts.items():
-            self._add(flow, path, -count * flow.nbytes / granules)
-
-    def fullest(self) -> float:
-        return max(load for row in (*self._up, *self._down) for load in row)
-
-    def _add(self, flow: Flow, path: int, nbytes: float) -> None:
-        (up_rates, down_rates), (up, down) = self._rates(flow), self._loads(flow)
-        up[path] += nbytes / up_rates[path]
-        down[path] += nbytes / down_rates[path]
-
-    def _rates(self, flow: Flow) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        leaf_of = self._fabric.leaf_of
-        return self._fabric.up[leaf_of[flow.source]], self._fabric.down[leaf_of[flow.target]]
-
-    def _loads(self, flow: Flow) -> tuple[list[float], list[float]]:
-        leaf_of = self._fabric.leaf_of
-        return self._up[leaf_of[flow.source]], self._down[leaf_of[flow.target]]
-
-
-def _in_order(counts: dict[int, int], granules: int) -> list[Part]:
-    parts: list[Part] = []
-    done = 0
-    for path, count in counts.items():
-        if count:
-            parts.append((path, Fraction(done, granules), Fraction(done + count, granules)))
-            done += count
-    return parts
 
 
 def _pieces(number: int, nbytes: int, parts: Sequence[Part], item: int) -> list[Piece]:

@@ -49,7 +49,7 @@ def simulate(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece]) -> 
         active[done] = False
     arrived = np.zeros(len(flows))
     np.maximum.at(arrived, [piece.flow for piece in pieces], ends)
-    return Simulated(now, tuple(arrived.tolist()))
+    return Simulated(float(now), tuple(arrived.tolist()))
 
 
 def fair_rates(links: Integers, rates: Floats) -> Floats:
