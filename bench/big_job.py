@@ -4,18 +4,23 @@ A model of Llama's shapes, cut by the ways that the library knows. Every rank's 
 other, so that offsets are as irregular as they really are.
 """
 
+import json
 import math
 from collections.abc import Callable
 
 import numpy as np
 
-from resilient.checkpoint.catalog.catalog import Catalog, File, Tensor
-from resilient.checkpoint.catalog.table import PieceTable, Rows
+from resilient.checkpoint.catalog.catalog import Catalog
+from resilient.checkpoint.catalog.index import Entry, Header, Index, Member
+from resilient.checkpoint.catalog.native import native_catalog
+from resilient.checkpoint.catalog.table import FILE, PieceTable, Rows
+from resilient.checkpoint.digest import digest
 from resilient.checkpoint.pieces import Replicated, share
 
 HIDDEN, FUSED, KEYS, VOCABULARY = 8192, 28672, 1024, 128256
 TP = 8
 BEGINS = 1 << 20  # of the data, behind the header, in each file
+OBJECTS = 1 << 16  # behind the data
 ITEMSIZE = 4
 LAYER = {
     "input_layernorm": (HIDDEN,),
@@ -46,7 +51,7 @@ class Writer:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = np.arange(ranks, dtype=np.int64)
-        self.ends = np.full(ranks, BEGINS, dtype=np.int64)
+        self.ends = np.zeros(ranks, dtype=np.int64)
 
     def put(self, starts: Rows, stops: Rows, offsets: Rows, sizes: Rows) -> PieceTable:
         """Each rank's piece of one tensor: ranges [ranks], boxes [ranks, dims]; empty ones are left out."""
@@ -146,24 +151,68 @@ WAYS: dict[str, Callable[[Writer, Shapes], dict[str, PieceTable]]] = {
 }
 
 
+def index_of(way: str, ranks: int, tensors: int) -> Index:
+    """The merged index of a snapshot of such a job; each rank also has a buffer of its own for every layer."""
+    writer, found = Writer(ranks), shapes(tensors)
+    index = Index(run_id="big", step=100, world_size=ranks)
+    for number, (name, table) in enumerate(WAYS[way](writer, found).items()):
+        header = Header(f"model.{name}", False, "parameter", "float32", found[name], "", "")
+        index.entries[header] = Entry((0, number), False, table.folded())
+    for layer in range(tensors // len(LAYER)):
+        header = Header(f"model.layers.{layer}.seen", True, "buffer", "float32", (HIDDEN,), "", "")
+        at = np.zeros((ranks, 1), np.int64)
+        index.entries[header] = Entry((0, tensors + layer), False, writer.put_boxes(at, at + HIDDEN).folded())
+    names = [header.name for header in index.entries if header.kind == "parameter"]
+    others = [{"optimizer": "optimizer", "groups": [names]}]
+    index.others = {json.dumps(others, separators=(",", ":")): tuple(range(ranks))}
+    ends = (writer.ends + BEGINS).tolist()
+    for rank, end in enumerate(ends):
+        plan = digest(str(rank).encode())
+        index.members[rank] = Member("a life of the job", plan, end + OBJECTS, BEGINS, end - BEGINS)
+    return index
+
+
+def part_of(index: Index, first: int, end: int) -> Index:
+    """What ranks from `first` up to `end` would have made of their records."""
+    part = Index(run_id=index.run_id, step=index.step, world_size=index.world_size)
+    part.members = {rank: index.members[rank] for rank in range(first, end)}
+    part.others = {text: tuple(range(first, end)) for text in index.others}
+    for header, entry in index.entries.items():
+        rows = entry.table.rows
+        rows = rows[(rows[:, FILE] >= first) & (rows[:, FILE] < end)]
+        if len(rows):
+            part.entries[header] = Entry(entry.at, entry.host, PieceTable(entry.table.dims, rows).folded())
+    return part
+
+
+def record_bytes(index: Index, rank: int) -> int:
+    """How long the record of a rank is, but for the digests of its blocks (35 bytes for 4 MiB)."""
+    pieces = []
+    for header, entry in index.entries.items():
+        table = entry.table.of_file(rank)
+        pieces += [
+            {
+                "key": header.name,
+                "kind": header.kind,
+                "dtype": header.dtype,
+                "shape": header.shape,
+                "offsets": one.piece.offsets,
+                "sizes": one.piece.sizes,
+                "start": one.piece.start,
+                "stop": one.piece.stop,
+                "offset": one.offset,
+                "nbytes": one.piece.numel * ITEMSIZE,
+                "own": header.own,
+                "host": False,
+            }
+            for one in table.pieces(header.shape)
+        ]
+    return len(json.dumps(pieces, separators=(",", ":"))) + len(index.others_of(rank)) + 512
+
+
 def catalog_of(way: str, ranks: int, tensors: int) -> Catalog:
     """The catalog of a snapshot of such a job."""
-    writer, found = Writer(ranks), shapes(tensors)
-    catalog = Catalog(format="native", step=100, world_size=ranks)
-    for name, table in WAYS[way](writer, found).items():
-        catalog.add(
-            Tensor(
-                name=f"model.{name}",
-                kind="parameter",
-                dtype="float32",
-                shape=found[name],
-                pieces=table,
-            )
-        )
-    catalog.files = [
-        File(f"rank_{rank:05d}-of-{ranks:05d}.safetensors", end) for rank, end in enumerate(writer.ends.tolist())
-    ]
-    return catalog
+    return native_catalog(index_of(way, ranks, tensors))
 
 
 def boxes_of_rank(found: Shapes, rank: int, tp: int, replicas: int) -> dict[str, tuple[list[int], list[int]]]:

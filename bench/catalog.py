@@ -2,41 +2,71 @@
 
 The job is simulated (`big_job.py`): 2,000 tensors, cut in the ways that there are. Planning is what a rank does before
 it reads: it parses the catalog, and finds the byte ranges of all that it needs. Targets: half as many ranks, and 64.
-Times are those of the processor: one thread that only computes.
+Of the records it then reads those of the images that it needs. Where there is no catalog, one rank hears most of the
+others to make it. Times are those of the processor: one thread that only computes.
 """
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.processes import Failure, launch
 from bench.report import Report, Rounds, Target, ratio
 from bench.settings import Settings
 
+if TYPE_CHECKING:
+    from resilient.checkpoint.catalog.index import Index
+
 MOST_BYTES = 50e6
 MOST_PLANNING_S = 1.0
+_RECORDS = ("records of a rank, MB", "all records, MB", "made anew: heard, MB", "s")
 TARGETS = {"half the ranks": (4, 8), "64 ranks": (8, 512)}  # tensor parallelism, and how many ranks become one of DP
 
 
 def measure(*, folder: str, method: str, ranks: int, tensors: int) -> dict[str, Any]:
     """One way of cutting. Runs in a process of its own."""
-    from bench.big_job import boxes_of_rank, catalog_of, shapes
-    from resilient.checkpoint.catalog.catalog import parse_catalog
+    from bench.big_job import boxes_of_rank, index_of, record_bytes, shapes
+    from resilient.checkpoint.catalog.index import parse_index
     from resilient.checkpoint.catalog.meet import parts_of
+    from resilient.checkpoint.catalog.native import native_catalog
 
     path = Path(folder, "catalog.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(catalog_of(method, ranks, tensors).text())
+    index = index_of(method, ranks, tensors)
+    path.write_text(index.text())
     began = time.process_time()
-    catalog = parse_catalog(path.read_bytes(), str(path))
+    catalog = native_catalog(parse_index(path.read_bytes(), str(path)))
     found: dict[str, Any] = {"bytes": path.stat().st_size, "parse": time.process_time() - began}
     for target, (tp, fewer) in TARGETS.items():
         replicas = max(1, ranks // fewer)
         began = time.process_time()
         boxes = boxes_of_rank(shapes(tensors), tp * replicas // 2 + 1, tp, replicas)
-        parts = sum(len(parts_of(catalog.tensors[f"model.{name}"], *box)) for name, box in boxes.items())
-        found |= {f"{target}, plan": time.process_time() - began, f"{target}, parts": parts}
+        parts = [part for name, box in boxes.items() for part in parts_of(catalog.tensors[f"model.{name}"], *box)]
+        found |= {f"{target}, plan": time.process_time() - began, f"{target}, parts": len(parts)}
+        images = sorted({part.file for part in parts})
+        some = images[:: max(1, len(images) // 8)]  # all are alike
+        each = sum(record_bytes(index, rank) for rank in some) / len(some)
+        found[f"{target}, records"] = each * len(images)
+    found["all records"] = record_bytes(index, ranks // 2) * ranks
+    found |= _made(index)
     return found
+
+
+def _made(index: "Index") -> dict[str, float]:
+    """Where there is no catalog: what the rank that hears most of half as many hears, and computes, to make it."""
+    from bench.big_job import part_of
+    from resilient.checkpoint.catalog.index import merged, parse_index
+
+    held, end, heard, seconds = part_of(index, 0, 2), 2, 0, 0.0
+    while end < index.world_size:
+        sent = part_of(index, end, min(2 * end, index.world_size)).text()
+        heard += len(sent)
+        began = time.process_time()
+        held = merged([held, parse_index(sent, "a part")])
+        seconds += time.process_time() - began
+        end *= 2
+    assert held.text() == index.text()
+    return {"heard": heard, "merging": seconds}
 
 
 def run(settings: Settings) -> list[Report]:
@@ -67,17 +97,19 @@ def _report(rounds: Rounds, methods: tuple[str, ...], ranks: int, tensors: int) 
             series = rounds.series(method, measure)
             return ratio(series, [unit] * len(series))
 
-        planning = of(f"{half}, plan")
-        rows[method] = [of("bytes", 1e6), of("parse"), planning, of(f"{half}, parts"), of(f"{few}, plan")]
+        planning, parsing = of(f"{half}, plan"), of("parse")
+        together = None if planning is None or parsing is None else planning + parsing
+        rows[method] = [of("bytes", 1e6), parsing, planning, of(f"{half}, parts"), of(f"{few}, plan")]
         rows[method].append(of(f"{few}, parts"))
+        rows[method] += [of(f"{half}, records", 1e6), of("all records", 1e6), of("heard", 1e6), of("merging")]
         targets += [
             Target(what=f"{method}: size of the catalog / 50 MB", value=of("bytes", MOST_BYTES), bound=1.0),
-            Target(what=f"{method}: planning for {half} / 1 s", value=planning, bound=MOST_PLANNING_S),
+            Target(what=f"{method}: parsing, and planning for {half} / 1 s", value=together, bound=MOST_PLANNING_S),
         ]
     return Report(
         name="catalog",
         title=f"Catalogs of {ranks:,} ranks and {tensors:,} tensors; what one rank of another job plans",
-        columns=("MB", "parse, s", f"{half}: s", "parts", f"{few}: s", "parts"),
+        columns=("MB", "parse, s", f"{half}: s", "parts", f"{few}: s", "parts", *_RECORDS),
         rows=rows,
         targets=targets,
         plotted=("MB", "parse, s", f"{half}: s"),

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,11 @@ def launch(
     ranks: int = 1,
     threads: int = 2,
     timeout_s: float = 900,
+    launcher: Sequence[str] = (),
 ) -> dict[str, Any] | Failure:
     """Call `module:function` with `arguments` and a fresh `folder` in new processes; blocks until they have ended.
 
+    `launcher`: Python's arguments for one that starts the processes, instead of torchrun or nothing.
     The function's result (JSON values) as rank 0 returned it. The folder's content is deleted afterwards. The output of
     a measurement that fails stays in the logs.
     """
@@ -67,11 +70,12 @@ def launch(
     result = folder.with_name(folder.name + ".result.json")
     result.unlink(missing_ok=True)
     command = [str(WORKER), target, json.dumps({**arguments, "folder": str(folder)}), str(result)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    starting = launcher or (torchrun if ranks > 1 else [])
     log = place.logs / f"{_slug(' '.join([target, arguments.get('method', '')]))}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        reason = _run([sys.executable, *torchrun, *command], _environment(threads), log, timeout_s)
+        reason = _run([sys.executable, *starting, *command], _environment(threads), log, timeout_s)
         if reason is None and result.exists():
             measured: dict[str, Any] = json.loads(result.read_text())
             log.unlink()

@@ -26,11 +26,15 @@ NAMES = (
     "memory",
     "transport",
     "codec",
+    "flow_placement",
     "catalog",
     "conversion",
     "parity",
     "parity_steps",
     "parity_memory",
+    "restart",
+    "preemption",
+    "deepspeed_hook",
 )
 
 

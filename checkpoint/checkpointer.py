@@ -10,7 +10,7 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from resilient.checkpoint.board import Board
 from resilient.checkpoint.capture import Capture, Job
 from resilient.checkpoint.ending import Ending
+from resilient.checkpoint.events import Events
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.handle import LEVELS, Pending, SaveHandle
 from resilient.checkpoint.leaves import walk
@@ -73,6 +74,8 @@ class Checkpointer:
         self._found = walk(self._state)
         self._extras.capture(self._found)  # what cannot be saved is refused here, by name, not at step 1000
         self.world = join_world()
+        self._events = Events.of(os.environ, self.world.rank)
+        self._events.joined(self.world.world_size, self.world.node)
         self.statistics = Statistics()
         self.last_restore: Restored | None = None
         self._pending = Pending()
@@ -124,6 +127,7 @@ class Checkpointer:
         if self._closed or step < 0:
             raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
         self._report()
+        self._events.saved(step)
         stop = self._stopping.enter(step if durable or self._policy.levels_due(step) else None)
         if stop is not None and stop.step is not None:
             self._end(stop, None)
@@ -157,18 +161,28 @@ class Checkpointer:
         self._capture.fence()
         self.statistics.fence_seconds.append(time.perf_counter() - began)
 
-    def restore(self) -> int | None:
+    def restore(self, steps: Collection[int] | None = None) -> int | None:
         """Load the newest complete, verified snapshot of any level into the live state, in place; return its step.
 
-        None where there is none. Collective: all ranks call it and take the same decision. Raises LayoutMismatch when
-        the snapshot does not fit the state (nothing is overwritten then), RestoreError when all are damaged.
+        None where there is none. `steps`: take one of these only, the same on all ranks; None: any. Collective: all
+        ranks call it and take the same decision. Raises LayoutMismatch when the snapshot does not fit the state
+        (nothing is overwritten then), RestoreError when all are damaged.
         """
         self.fence()
         self._capture.wait_idle(self._policy.fence_timeout_s)
-        self.last_restore = self._restorer().restore(self._extras)
+        self.last_restore = self._restorer(steps).restore(self._extras)
         self._plan = None
         self._renew()
-        return None if self.last_restore is None else self.last_restore.step
+        done = self.last_restore
+        self._events.restored(*((done.step, done.levels, done.seconds) if done is not None else (None, {}, 0.0)))
+        return None if done is None else done.step
+
+    def newest(self) -> int | None:
+        """The step that `restore` would try first; None where there is none. Collective.
+
+        Loads nothing, and reads no image: one that is damaged is found only by `restore`, which takes an older step.
+        """
+        return self._restorer().newest()
 
     def close(self, *, keep_memory: bool = False) -> list[str]:
         """Wait until what the policy asks for is written, end the agent, give its memory back. Safe to repeat.
@@ -187,6 +201,7 @@ class Checkpointer:
         self._stopping.close()
         problems = self._link.close(keep=keep_memory, timeout_s=self._policy.write_timeout_s)
         self._board.close()
+        self._events.close()
         problems = self._pending.take_failures() + problems
         for problem in problems:
             _log.warning("rank %d: %s", self.world.rank, problem)
@@ -261,6 +276,7 @@ class Checkpointer:
         """Wait until the step is safe on every rank, and end the program. Raises Preempted."""
         end = self._ending.wait(decision, handle, self._stopping.left_s())
         self._stopping.keep_signals()
+        self._events.stopped(end.step, end.problems, durable=end.code == end.SAFE)
         self.close(keep_memory=True)
         raise end
 
@@ -272,11 +288,11 @@ class Checkpointer:
         self._link.renew(life)
         self._stopping.renew(life)
 
-    def _restorer(self) -> Restorer:
+    def _restorer(self, steps: Collection[int] | None = None) -> Restorer:
         fresh = self.statistics.saves == 0 and self.last_restore is None
         found = self._found if self._found.is_current() else walk(self._state)
         client, peers = self._link.client(), self._peering is not None
-        how: dict[str, Any] = {"fresh": fresh, "peers": peers}
+        how: dict[str, Any] = {"fresh": fresh, "peers": peers, "steps": steps}
         return Restorer(client, self.world, self._state, found, self._url, self._policy, **how)
 
     def _new_life(self) -> str:

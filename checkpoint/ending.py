@@ -101,7 +101,8 @@ class Ending:
             _log.error("rank %d: step %d is not safe at level %s", self._world.rank, step, problem)
         if self._world.rank == 0 and not any(told):
             _log.warning("step %d is safe; the job ends here until it is started again", step)
-        return Preempted(step, Preempted.REGROUP if decision.kind == REGROUP else Preempted.SAFE)
+        unsafe = tuple(f"rank {rank}, {problem}" for rank, problems in enumerate(told) for problem in problems)
+        return Preempted(step, Preempted.REGROUP if decision.kind == REGROUP else Preempted.SAFE, unsafe)
 
 
 def _problem(level: str, future: Future[int], deadline: float) -> str | None:

@@ -6,7 +6,7 @@ tensor: columns of values by name, for parameters that have the same names), and
 (see `Leaves`) and `on_device` (whose tensors lay on the parameter's accelerator).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from resilient.checkpoint.leaves import Leaf, Leaves, Mixed
 from resilient.checkpoint.objects import Encoded, encode
+from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.rng import capture_rng, restore_rng
 from resilient.checkpoint.stateful import ObjectState
 from resilient.errors import StateError
@@ -48,7 +49,9 @@ class Extras:
         """Everything as it is now, with tensors of its own. On the training thread; raises StateError."""
         value: dict[str, Any] = {}
         for item, held in self._state.items():
-            if isinstance(held, Optimizer):
+            if isinstance(held, Provided):
+                value[item] = held.capture()
+            elif isinstance(held, Optimizer):
                 value[item] = _optimizer_values(held, found, item)
             elif isinstance(held, nn.Module):
                 value[item] = {name: part.get_extra_state() for name, part in found.extra[item].items()}
@@ -70,11 +73,13 @@ class Extras:
                 continue
             if item not in value:
                 notes.append(f"the snapshot has nothing for {item!r}: it keeps its present state")
+            elif isinstance(held, Provided):
+                notes += held.apply(value[item], groups.get(item, []), found, item)
             elif isinstance(held, Optimizer):
                 saved = list(zip(groups[item], value[item]["param_groups"], strict=True))
-                notes += _apply_groups(held, saved, found.groups[item], item)
+                notes += apply_groups(held.param_groups, saved, found.groups[item], item)
             elif isinstance(held, nn.Module):
-                notes += _apply_extra_states(found.extra[item], value[item], item)
+                notes += apply_extra_states(found.extra[item], value[item], item)
             else:
                 self._objects[item].apply(value[item])
                 # A StatefulDataLoader makes its iterator when it is next asked for anything, and draws a random number
@@ -133,14 +138,17 @@ def columns_by_parameter(columns: Iterable[Mapping[str, Any]]) -> dict[str, dict
     return found
 
 
-def _apply_groups(
-    optimizer: Optimizer, saved: list[tuple[list[str], dict[str, Any]]], names: list[list[str]], item: str
+def apply_groups(
+    live: Sequence[dict[str, Any]],
+    saved: Sequence[tuple[Sequence[str], dict[str, Any]]],
+    names: Sequence[Sequence[str]],
+    item: str,
 ) -> list[str]:
     """Match groups by the parameters in them, not by number: a script may build them in another order."""
     notes = []
     written: set[int] = set()
     empty = [values for theirs, values in saved if not theirs]  # these have only their order
-    for group, own in zip(optimizer.param_groups, names, strict=True):
+    for group, own in zip(live, names, strict=True):
         same = [values for theirs, values in saved if set(theirs) & set(own)] if own else empty[:1]
         if not own:
             del empty[:1]
@@ -169,7 +177,7 @@ def _given(live: Any, value: Any, written: set[int]) -> Any:
     return live
 
 
-def _apply_extra_states(live: Mapping[str, nn.Module], value: Mapping[str, Any], item: str) -> list[str]:
+def apply_extra_states(live: Mapping[str, nn.Module], value: Mapping[str, Any], item: str) -> list[str]:
     for name, part in live.items():
         if name in value:
             part.set_extra_state(value[name])

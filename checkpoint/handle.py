@@ -36,7 +36,7 @@ class SaveHandle:
         future.set_exception(self._skipped())
         return future
 
-    def add(self, level: str) -> Future[int]:
+    def _add(self, level: str) -> Future[int]:
         """The step is due at one more level, after all; the future of that."""
         if level not in self._durable:
             self._durable[level] = Future()
@@ -75,7 +75,7 @@ class Pending:
             if handle is None:
                 handle = self._handles[step] = SaveHandle(step, (level,))
                 handle.captured.set_result(step)
-            return handle.add(level)
+            return handle._add(level)
 
     def captured(self, step: int) -> None:
         handle = self._handles.get(step)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from resilient.checkpoint.pieces import Piece
+from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.unsavable import refuse_optimizer, refuse_tensor
 from resilient.checkpoint.watch import Watch
 from resilient.errors import StateError
@@ -40,6 +41,7 @@ class Leaf:
     name. `persistent` is false for buffers that the module does not count as its state: they are saved, since a bit
     that they keep is a bit of the next step, but nothing depends on their being in a snapshot.
     For optimizer state `parameter` is the name of the parameter and `name` the key in its state.
+    Of a flat partition that an engine keeps, `at` is the element at which the rank's piece, a range of its box, begins.
     """
 
     key: str
@@ -52,11 +54,20 @@ class Leaf:
     persistent: bool = True
     parameter: str = ""
     name: str = ""
+    at: int | None = None
 
     @property
     def live(self) -> Tensor:
         """What the owner holds now for `local`, which is of the time of the walk."""
+        if self.at is not None:
+            return range_of(self.tensor, self.at, self.box.numel)
         return self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
+
+    def is_current(self) -> bool:
+        """Whether `local` is still what the owner holds."""
+        if self.at is not None:
+            return self.live.data_ptr() == self.local.data_ptr()
+        return self.live is self.local and self.tensor.shape == self.box.shape
 
     @property
     def own(self) -> bool:
@@ -84,6 +95,7 @@ class Leaves:
     `groups` has the names of each group's parameters; `mixed` the states that are not all tensors; `made`, by
     parameter and name, how to make a state tensor that is neither contiguous nor sharded like its parameter;
     `others` the keys of state that belongs to no parameter. By module: `extra` has the parts with extra state.
+    `provided` has the names of the tensors that items have named themselves.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
@@ -93,6 +105,7 @@ class Leaves:
     made: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     others: dict[str, list[Any]] = field(default_factory=dict)
     extra: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    provided: set[str] = field(default_factory=set)
     watch: Watch = field(default_factory=Watch)
     _by_id: dict[int, Leaf] = field(default_factory=dict)
     _by_key: dict[str, Leaf] = field(default_factory=dict)
@@ -104,9 +117,7 @@ class Leaves:
 
     def is_current(self) -> bool:
         """Whether another walk would find the same; the values may be others."""
-        return self.watch.unchanged() and all(
-            leaf.live is leaf.local and leaf.tensor.shape == leaf.box.shape for leaf in self.leaves
-        )
+        return self.watch.unchanged() and all(leaf.is_current() for leaf in self.leaves)
 
     def named(self, tensor: Tensor) -> Leaf | None:
         """The leaf of a parameter or buffer that was walked before."""
@@ -164,9 +175,13 @@ def _walk(state: Mapping[str, object]) -> Leaves:
     for item, value in state.items():
         if item.startswith(_RESERVED):
             raise StateError(f"state[{item!r}]: names that begin with {item[: item.find('.') + 1] or item!r} are ours")
-        if isinstance(value, nn.Module):
+        if isinstance(value, Provided):
+            before = len(found.leaves)
+            value.walk(found, item)
+            found.provided.update(leaf.key for leaf in found.leaves[before:])
+        elif isinstance(value, nn.Module):
             _walk_module(found, value, item)
-            found.extra[item] = _with_extra_state(value)
+            found.extra[item] = with_extra_state(value)
         elif isinstance(value, Tensor):
             _add(found, item, "tensor", value)
     for item, value in state.items():
@@ -198,7 +213,7 @@ def modules_of(module: nn.Module, prefix: str = "", home: Home | None = None) ->
         yield from modules_of(child, prefix if transparent else f"{prefix}.{name}" if prefix else name, home)
 
 
-def _with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+def with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
     """The modules that have extra state, by name; one that is there twice under its first name."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
@@ -357,6 +372,11 @@ def _append(
             name=name,
         )
     )
+
+
+def range_of(tensor: Tensor, at: int, numel: int) -> Tensor:
+    """Elements of a contiguous tensor, flat, as a view."""
+    return tensor.detach().view(-1)[at : at + numel]
 
 
 @dataclass(frozen=True, slots=True)

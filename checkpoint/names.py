@@ -3,6 +3,7 @@
     step_00000100/rank_00003-of-00008.safetensors     the image
     step_00000100/rank_00003-of-00008.digests         the digests of its blocks of 64 KiB
     step_00000100/rank_00003-of-00008.json            its record, written last
+    step_00000100/catalog.json                        the records of all ranks merged, or nothing: it can be made again
 
 Names are relative to a level's root and use `/` everywhere. Pure functions; nothing here touches a disk.
 """
@@ -28,6 +29,10 @@ def digests_name(step: int, rank: int, world_size: int) -> str:
 
 def record_name(step: int, rank: int, world_size: int) -> str:
     return f"{step_folder(step)}/rank_{rank:05d}-of-{world_size:05d}.json"
+
+
+def catalog_name(step: int) -> str:
+    return f"{step_folder(step)}/catalog.json"
 
 
 def parse_record_name(name: str) -> tuple[int, int, int] | None:

@@ -63,9 +63,11 @@ def share(tensors: Sequence[Replicated], replicas: int) -> list[list[tuple[int, 
     All tensors are laid end to end and cut into equal parts, so every replica finds the same answer without a
     message, and at most `replicas - 1` tensors are cut. A tensor that may not be cut, or would leave a part below
     64 KiB, goes whole to the replica in whose part its middle lies. Ranges may be empty; together they are the tensor.
+    No part is smaller than 64 KiB but the last: of thousands of replicas only the first have the counters of an
+    optimizer, say, so that who needs them all reads few images.
     """
     total = sum(tensor.numel * tensor.itemsize for tensor in tensors)
-    bounds = [total * index // replicas for index in range(replicas + 1)]
+    bounds = [max(total * index // replicas, index * _CUT_BYTES) for index in range(replicas + 1)]
     ranges: list[list[tuple[int, int]]] = []
     begin = 0
     for tensor in tensors:

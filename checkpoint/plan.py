@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Planned:
     entry: Entry
     early: bool
 
+    @property
+    def start(self) -> int:
+        """Where the piece begins in what this rank holds, in elements."""
+        return self.piece.start - self.leaf.box.start
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -71,7 +77,7 @@ class Plan:
         self._lazy = [one for one in planned if not one.early]
         self._watched: list[tuple[Any, bool]] = [
             (one.leaf.tensor, isinstance(one.leaf.tensor, DTensor)) for one in self._lazy
-        ]
+        ]  # of a flat partition all of it: where its ranges lie follows
         self._relocate()
 
     @property
@@ -124,11 +130,11 @@ class Plan:
         self.sources = [next(staging) if one.early else one.leaf.live.detach() for one in self.planned]
         self._moves: dict[int, tuple[list[Move | Batch], list[int]]] = {}
         lazy = [(one, source) for one, source in zip(self.planned, self.sources, strict=True) if not one.early]
-        self._addresses = [source.data_ptr() for _, source in lazy]
+        self._addresses = self.look().addresses
         host = [(one, source) for one, source in lazy if source.is_cpu]
         self._sampled = [one for one, _ in host]
         self.fingerprints = Fingerprints(
-            [Sampled(source, one.piece.start, one.piece.stop, one.entry.offset) for one, source in host]
+            [Sampled(source, one.start, one.start + one.piece.numel, one.entry.offset) for one, source in host]
         )
         self.devices = self._device_copies()
 
@@ -136,7 +142,7 @@ class Plan:
         by_device: dict[torch.device, list[tuple[Tensor, int, str]]] = {}
         for one, source in zip(self.planned, self.sources, strict=True):
             if not source.is_cpu and one.piece.numel:
-                flat = source.view(-1)[one.piece.start : one.piece.stop]
+                flat = source.view(-1)[one.start : one.start + one.piece.numel]
                 by_device.setdefault(source.device, []).append((flat, one.entry.offset, one.leaf.key))
         return [
             DeviceCopies(device, [row[:2] for row in rows], [row[2] for row in rows])
@@ -151,7 +157,7 @@ def make_plan(found: Leaves, rank: int, early_keys: frozenset[str] = frozenset()
 
 
 def _make_plan(found: Leaves, rank: int, early_keys: frozenset[str]) -> Plan:
-    mine = [(leaf, piece) for leaf, piece in _shares(found.leaves, rank) if piece.numel or leaf.box.numel == 0]
+    mine = [(leaf, piece) for leaf, piece in _shares(found.leaves, rank) if piece.numel or not prod(leaf.box.sizes)]
     mine.sort(key=lambda pair: -pair[0].local.element_size())
     planned, offset = [], 0
     for leaf, piece in mine:
@@ -196,7 +202,8 @@ def _shares(leaves: Sequence[Leaf], rank: int) -> list[tuple[Leaf, Piece]]:
         for leaf, ranges in zip(members, share(described, len(ranks)), strict=True):
             # An empty tensor has nothing to share: its first replica says that it exists.
             if leaf.box.numel or index == 0:
-                alone.append((leaf, leaf.box.part(*ranges[index])))
+                start, stop = ranges[index]
+                alone.append((leaf, leaf.box.part(leaf.box.start + start, leaf.box.start + stop)))
     return alone
 
 
@@ -232,7 +239,7 @@ def _moves_of(one: Planned, source: Tensor, data_address: int) -> list[Move]:
         return []
     if not source.is_contiguous():
         return [Move(target, source.data_ptr(), one.entry.nbytes, source)]
-    return chunks(target, source.data_ptr() + one.piece.start * source.element_size(), one.entry.nbytes)
+    return chunks(target, source.data_ptr() + one.start * source.element_size(), one.entry.nbytes)
 
 
 def _padding(planned: Sequence[Planned]) -> int:

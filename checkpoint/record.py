@@ -5,8 +5,8 @@ member is the digest of all the text that follows, so that a record edited by ha
 
     {"digest":"<32 hex>",
     "format":"resilient","version":1,"run_id":"..","life":"..","step":100,"rank":3,"world_size":8,"plan_digest":"..",
-    "image":{"name":"..","bytes":N,"block_bytes":4194304,"algorithm":"xxh3_128","blocks":["..",..],"encoding":null,
-    "data_start":4096,"fine":"<32 hex>"},
+    "image":{"name":"..","bytes":N,"block_bytes":4194304,"algorithm":"xxh3_128","data_start":4096,
+    "fine":"<32 hex>","blocks":["..",..],"encoding":null},
     "software":{..},"pieces":[..]}
 
 `pieces` is text made once per plan (`checkpoint/plan.py`) and put in as it is; `docs/format.md` describes each member.
@@ -14,7 +14,7 @@ member is the digest of all the text that follows, so that a record edited by ha
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from resilient.checkpoint.digest import ALGORITHM, BLOCK_BYTES, block_count, digest
 from resilient.errors import DamagedImage, NewerFormat, NotACheckpoint
@@ -82,15 +82,49 @@ class Record:
                 "bytes": self.image_bytes,
                 "block_bytes": BLOCK_BYTES,
                 "algorithm": ALGORITHM,
+                "data_start": self.data_start,  # before what is long: see `parse_head`
+                "fine": self.fine,
                 "blocks": list(self.blocks),
                 "encoding": self.encoding,
-                "data_start": self.data_start,
-                "fine": self.fine,
             },
             "software": self.software,
         }
         rest = json.dumps(head, separators=(",", ":"))[1:-1] + ',"pieces":' + self.pieces_text + "}\n"
         return f'{_HEAD}{digest(rest.encode())}",\n{rest}'
+
+
+HEAD_BYTES = 4096
+
+
+class Head(NamedTuple):
+    """What a record says before its lists."""
+
+    run_id: str
+    life: str
+    plan_digest: str
+    step: int
+    rank: int
+    world_size: int
+    image_bytes: int
+    data_start: int
+
+
+def parse_head(text: bytes) -> Head | None:
+    """What the beginning of a record says, `HEAD_BYTES` of it at least; None where that does not tell.
+
+    Nothing of it is verified, so it serves only to see whether a record may be another's twin.
+    """
+    head, found, _ = text.partition(b'"blocks":[')
+    try:
+        raw = json.loads(head + b'"blocks":[]}}')
+        image = raw["image"]
+        numbers = raw["step"], raw["rank"], raw["world_size"], image["bytes"], image["data_start"]
+        texts = raw["run_id"], raw["life"], raw["plan_digest"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not found or not all(type(one) is int for one in numbers) or not all(isinstance(one, str) for one in texts):
+        return None
+    return Head(*texts, *numbers)
 
 
 def parse_record(text: str | bytes, where: str) -> Record:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from resilient.checkpoint.objects import decode, encode
+from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.refusals import type_name
 from resilient.errors import LayoutMismatch, StateError
 
@@ -32,6 +33,7 @@ class Kind(Enum):
     GENERATOR = "generator"  # torch.Generator
     OBJECT = "object"  # schedulers, gradient scalers, data loaders: anything with state_dict and load_state_dict
     MAPPING = "mapping"  # a dictionary of plain values, restored in place
+    PROVIDED = "provided"  # what names its own tensors
 
     @property
     def is_object(self) -> bool:
@@ -41,6 +43,8 @@ class Kind(Enum):
 
 def classify(name: str, value: object) -> Kind:
     """How `state[name]` is saved. Raises StateError, naming it, for what cannot be; says what to do instead."""
+    if isinstance(value, Provided):
+        return Kind.PROVIDED
     if isinstance(value, nn.Module):
         _refuse_fsdp1(name, value)
         return Kind.MODULE

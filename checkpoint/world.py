@@ -19,6 +19,7 @@ from resilient import errors
 from resilient.errors import ResilientError, RestoreError, UsageError
 
 T = TypeVar("T")
+_HEAD_BYTES = 2040
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +44,20 @@ class World:
         """Every rank's JSON value, in order of rank; all ranks call it. No pickle: peers are not trusted with code."""
         if self.group is None:
             return [json.loads(json.dumps(value))]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.group)
-        longest = int(max(size.item() for size in sizes))
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - data.numel())), group=self.group)
-        return [json.loads(part[: int(size.item())].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        data = json.dumps(value).encode()
+        heads = self._all(len(data).to_bytes(8, "little") + data[:_HEAD_BYTES], 8 + _HEAD_BYTES)
+        sizes = [int.from_bytes(head[:8], "little") for head in heads]
+        longest = max(sizes)
+        # Mostly all is said by now: what ranks agree on is short, and every message waits for the slowest of them.
+        tails = self._all(data[_HEAD_BYTES:], longest - _HEAD_BYTES) if longest > _HEAD_BYTES else [b""] * len(heads)
+        return [json.loads((head[8:] + tail)[:size]) for head, tail, size in zip(heads, tails, sizes, strict=True)]
+
+    def _all(self, data: bytes, length: int) -> list[bytes]:
+        """Every rank's bytes, filled up to that length."""
+        parts = [torch.empty(length, dtype=torch.uint8) for _ in range(self.world_size)]
+        mine = torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8)
+        dist.all_gather(parts, mine, group=self.group)
+        return [part.numpy().tobytes() for part in parts]
 
     def together(self, work: Callable[[], T], otherwise: type[ResilientError] = RestoreError) -> T:
         """Do this rank's part; return when all ranks have done theirs, and raise on all if it failed on any.

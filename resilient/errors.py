@@ -127,13 +127,14 @@ class Preempted(SystemExit):
     """All ranks have stopped after the same save, as somebody asked them to: `step` is where the job goes on.
 
     Its `code` is `SAFE` (75, "try again later" in sysexits.h) when the step is durable, or could not be made so and the
-    log says why: the machines may go. It is `REGROUP` (76) when the step is in memory, for a job that starts anew on
-    the same machines.
+    log and `problems` say why: the machines may go. It is `REGROUP` (76) when the step is in memory, for a job that
+    starts anew on the same machines.
     """
 
     SAFE = 75
     REGROUP = 76
 
-    def __init__(self, step: int, code: int) -> None:
+    def __init__(self, step: int, code: int, problems: tuple[str, ...] = ()) -> None:
         super().__init__(code)
         self.step = step
+        self.problems = problems

@@ -29,6 +29,7 @@ OTHER_VARIABLES = frozenset(
 )
 
 _PARITY = re.compile(r"([1-9]\d*)\+([1-9]\d*)", re.ASCII)
+_RANDOM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _SEPARATOR = re.compile(r"[\s,]+")
 _CATCHABLE = frozenset(signal.Signals.__members__) - {"SIGKILL", "SIGSTOP"}
 _MOST_MEMBERS = 127  # of a parity group: twice as many, where the nodes do not divide, still fit the code
@@ -129,7 +130,9 @@ class Policy:
         if self.run_id is not None:
             return self.run_id
         elastic = environment.get("TORCHELASTIC_RUN_ID", "")
-        if elastic not in ("", "none"):  # torchrun's default is the word "none": the same for every job of a machine
+        # "none" is torchrun's default, the same for every job of a machine; with --standalone it draws a random one,
+        # another at each start, by which the memory of the last would not be found again.
+        if elastic not in ("", "none") and not _RANDOM.fullmatch(elastic):
             return elastic
         return environment.get("SLURM_JOB_ID") or f"url-{sha256(url.encode()).hexdigest()[:16]}"
 

@@ -28,6 +28,7 @@ from resilient.checkpoint.levels.remote import RemoteStore
 
 BUCKET = "snapshots"
 KEY, SECRET = "ci-access-key", "ci-secret-of-the-tests"
+READER = "ci-reader-key"  # with the same secret; may read and list, and nothing else
 _START_S = 60.0
 _TICK_S = 0.05
 
@@ -93,7 +94,12 @@ def _start(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     config = folder / "s3.json"
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
     actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    config.write_text(json.dumps({"identities": [{"name": "ci", "credentials": credentials, "actions": actions}]}))
+    reader = [{"accessKey": READER, "secretKey": SECRET}]
+    identities = [
+        {"name": "ci", "credentials": credentials, "actions": actions},
+        {"name": "reader", "credentials": reader, "actions": ["Read", "List"]},
+    ]
+    config.write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir()
     master, volume, filer, s3 = free_ports(4)
     command = [

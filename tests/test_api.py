@@ -19,7 +19,7 @@ def test_the_methods_of_the_public_classes_are_these() -> None:
     def public(kind: type) -> set[str]:
         return {name for name in vars(kind) if not name.startswith("_")}
 
-    assert public(resilient.Checkpointer) == {"save", "fence", "restore", "request_stop", "close"}
+    assert public(resilient.Checkpointer) == {"save", "fence", "restore", "newest", "request_stop", "close"}
     assert public(resilient.SaveHandle) == {"durable"}
     assert list(inspect.signature(resilient.Checkpointer).parameters) == ["url", "state", "policy"]
     assert list(inspect.signature(resilient.protect).parameters) == ["model", "optimizer", "url", "policy", "state"]

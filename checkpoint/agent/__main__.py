@@ -27,11 +27,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m resilient.checkpoint.agent", description=__doc__)
     parser.add_argument("folder", type=Path, help="the agent's folder; made if need be")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for an earlier agent to end")
-    parser.add_argument("--foreground", action="store_true", help="do not detach")
+    parser.add_argument(
+        "--foreground", action="store_true", help="do not detach; SIGTERM: end once the trainers have left"
+    )
     options = parser.parse_args(arguments)
     address = Address(folder=options.folder.absolute())
     if options.foreground:
-        _serve(address, options.patience, on_ready=lambda: None)
+        _serve(address, options.patience, on_ready=lambda: None, patient=True)
         return 0
     return _detach(address, options.patience)
 
@@ -81,16 +83,20 @@ def _become_agent(address: Address, patience_s: float, starter: int) -> None:
         os._exit(status)
 
 
-def _serve(address: Address, patience_s: float, on_ready: Callable[[], None]) -> None:
+def _serve(address: Address, patience_s: float, on_ready: Callable[[], None], *, patient: bool = False) -> None:
+    """Be the agent. `patient`: SIGTERM is no reason to leave the trainers alone, who may be saving because of it."""
     os.umask(0o077)
     make_folder(address)
     log_file = _log_to(address)
     faulthandler.enable(log_file)
     _yield_to_training()
     agent = Agent(address)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: agent.stop())
-    for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(signal.SIGTERM, lambda _number, _frame: agent.finish() if patient else agent.stop())
+    # A notice of preemption goes to all processes of a job: it is for the trainers.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if patient:
+        signal.signal(signal.SIGINT, lambda _number, _frame: agent.stop())
     agent.run(on_ready, patience_s=patience_s)
 
 

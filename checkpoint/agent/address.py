@@ -20,7 +20,7 @@ from pathlib import Path
 
 from resilient.errors import UsageError
 
-_SUN_PATH_BYTES = 107
+SUN_PATH_BYTES = 107
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +59,20 @@ def address_of(
     """
     environment = os.environ if environment is None else environment
     node = node or environment.get("RESILIENT_NODE") or socket.gethostname()
-    base = environment.get("RESILIENT_RUNTIME_DIR") or environment.get("XDG_RUNTIME_DIR") or "/tmp"
     key = sha256("\0".join((run_id, url or "", node)).encode()).hexdigest()[:16]
-    address = Address(folder=Path(base).absolute() / f"resilient-{os.getuid()}" / key)
-    if len(os.fsencode(address.socket)) > _SUN_PATH_BYTES:
+    address = Address(folder=runtime_folder(environment) / key)
+    if len(os.fsencode(address.socket)) > SUN_PATH_BYTES:
         raise UsageError(
-            f"{address.socket} is too long for a socket ({_SUN_PATH_BYTES} bytes at most); "
+            f"{address.socket} is too long for a socket ({SUN_PATH_BYTES} bytes at most); "
             "set RESILIENT_RUNTIME_DIR to a folder with a shorter path, on this node"
         )
     return address
+
+
+def runtime_folder(environment: Mapping[str, str]) -> Path:
+    """Below which everything of this user lies on this node; not made here."""
+    base = environment.get("RESILIENT_RUNTIME_DIR") or environment.get("XDG_RUNTIME_DIR") or "/tmp"
+    return Path(base).absolute() / f"resilient-{os.getuid()}"
 
 
 def make_folder(address: Address) -> None:
@@ -77,10 +82,11 @@ def make_folder(address: Address) -> None:
         try:
             folder.mkdir(mode=0o700)
         except FileExistsError:
-            _check_private(folder)
+            check_private(folder)
 
 
-def _check_private(folder: Path) -> None:
+def check_private(folder: Path) -> None:
+    """Raises UsageError unless the folder is this user's, and nobody else may enter it."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise UsageError(

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from resilient.checkpoint.agent.address import Address, address_of
 from resilient.checkpoint.agent.buffers import MappedImage, Slot
@@ -30,6 +30,8 @@ PEERS_S = 60.0  # for the agents of other nodes to answer, or to be given up
 CLAIM_S = 75.0  # a claim that another host left behind has to go stale first
 
 log = logging.getLogger(__name__)
+
+_connected: "WeakSet[AgentClient]" = WeakSet()
 
 __all__ = ["AgentClient", "Hello", "ImageInfo", "MappedImage", "Slot"]
 
@@ -102,6 +104,7 @@ class AgentClient:
             client = cls(address, hello, on_event, on_lost)
             try:
                 if client._open(deadline):
+                    _connected.add(client)
                     return client
                 reason = "nobody listens"
             except AgentLost as error:  # it was just ending, or was killed: another one is started
@@ -109,6 +112,12 @@ class AgentClient:
             if time.monotonic() > deadline:
                 raise LevelFailed(f"no agent serves in {address.folder} ({reason}); see {address.log}")
             time.sleep(POLL_S)
+
+    @classmethod
+    def of_this_process(cls, address: Address) -> "AgentClient | None":
+        """The client by which this process is connected there already: a second one of the rank would end it."""
+        mine = (one for one in list(_connected) if one._address == address and one._connection.is_ours)
+        return next((one for one in mine if not one.lost), None)
 
     @property
     def lost(self) -> bool:
@@ -306,6 +315,7 @@ class AgentClient:
         """
         if not self._connection.is_ours:
             return
+        _connected.discard(self)
         with contextlib.suppress(ResilientError, TimeoutError):
             self._connection.request("bye", keep=keep, within_s=SEND_S)
         self._connection.hang_up()

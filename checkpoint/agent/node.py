@@ -164,6 +164,8 @@ class Node:
                 self.by_rank[min(self.by_rank)].send(event)
             else:
                 self.send(to, event)
+            if event["event"] == "complete" and event["level"] == DURABLE:
+                self.writing.index(event["step"])
             if event["event"] == "complete" and event["level"] in (LOCAL, DURABLE):
                 self.writing.retain(event["level"], event["step"])
 

@@ -1,7 +1,8 @@
 """The agent's life: it opens its socket, serves until nobody needs it, finishes what it is writing, and leaves nothing.
 
 It ends when all trainers of the node said so, when none came for as long as the policy says, or when it is asked to
-stop. What trainers ask for is in `node.py`; how an agent process is started in `start.py` and `__main__.py`.
+stop, or to finish. What trainers ask for is in `node.py`; how an agent process is started in `start.py` and
+`__main__.py`.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class Agent:
         self._sessions: dict[int, Session] = {}
         self._accepted = 0
         self._alone_since = clock()
-        self._stop_asked = False  # plain, for a signal handler sets it
+        self._stop_asked = self._finish_asked = False  # plain, for signal handlers set them
         self._end_by: float | None = None  # set once it is ending
 
     def run(self, on_ready: Callable[[], None] = lambda: None, *, patience_s: float = 0.0) -> None:
@@ -73,6 +74,10 @@ class Agent:
     def stop(self) -> None:
         """Finish pending writes, for a bounded time, and end. From any thread and from signal handlers."""
         self._stop_asked = True  # the loop looks at it several times a second
+
+    def finish(self) -> None:
+        """End once no trainer is connected and nothing is pending; serve until then. As `stop` may be called."""
+        self._finish_asked = True
 
     def _take_folder(self, deadline: float) -> int:
         while True:
@@ -141,6 +146,8 @@ class Agent:
         if self._node.by_rank:
             self._alone_since = self._clock()
             return None
+        if self._finish_asked:
+            return "asked to finish, and no trainer is connected"
         policy = self._node.policy
         idle_s = policy.agent_idle_s if policy else START_IDLE_S
         if policy and self._node.images.total_bytes() == 0:

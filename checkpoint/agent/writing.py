@@ -10,7 +10,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from resilient.checkpoint.agent.loop import Loop
 from resilient.checkpoint.agent.retention import Deletions, durable_deletions, local_deletions
@@ -21,9 +21,13 @@ from resilient.checkpoint.digest import BLOCK_BYTES, digest
 from resilient.checkpoint.levels.files import FileStore
 from resilient.checkpoint.levels.image_io import chunks_of, read_image_range, write_image
 from resilient.checkpoint.levels.store import Store
+from resilient.checkpoint.names import catalog_name
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, LevelFailed, ResilientError
 from resilient.policy import Policy
+
+if TYPE_CHECKING:
+    from resilient.checkpoint.levels.index_io import IndexKeeper
 
 CHUNK_BYTES = 8 * BLOCK_BYTES
 FAILURES_KEPT = 100
@@ -97,6 +101,8 @@ class Writing:
         self._served: set[int] = set()
         self._refused: dict[str, str] = {}
         self._swept: set[str] = set()
+        self._index_keeper: IndexKeeper | None = None
+        self._indexing = 0
 
     def configure(self, policy: Policy, durable_url: str | None, ranks: Iterable[int]) -> None:
         """What the latest trainer asks for; it holds for jobs that begin from now on."""
@@ -212,6 +218,31 @@ class Writing:
         self._submit(_Write(level=DURABLE, key=write.key, record=write.record, slot=slot))
         return slot is not None
 
+    # --- the index
+
+    def index(self, step: int) -> None:
+        """A step became complete at the durable level: merge the records of all ranks there, on the node of rank 0."""
+        url, size, retries = self._durable_url, self._snapshots.world_size, self._policy.retries
+        if url is None or 0 not in self._snapshots.node_ranks:
+            return
+
+        def work(is_cancelled: Callable[[], bool]) -> None:
+            from resilient.checkpoint.levels.index_io import IndexKeeper  # numpy: an agent begins sooner without
+
+            self._index_keeper = self._index_keeper or IndexKeeper()
+            self._index_keeper.keep(self._stores.get(url, retries), step, size, is_cancelled)
+
+        name = f"merging the records of step {step} into {catalog_name(step)}"
+        job = Job(name=name, run=work, done=lambda error: self._loop.post(lambda: self._indexed(error)))
+        self._indexing += 1
+        self._writers[DURABLE].submit(job)
+
+    def _indexed(self, error: ResilientError | None) -> None:
+        self._indexing -= 1
+        if error is not None:
+            log.warning("whoever needs the index makes it from the records, since it was not written: %s", error)
+        self._settle()
+
     # --- retention
 
     def retain(self, level: str, step: int) -> None:
@@ -267,10 +298,10 @@ class Writing:
             writer.check()
 
     def pending(self, rank: int | None = None) -> int:
-        """Writes of a rank (of all ranks) that have not ended, and for all ranks the deletions too."""
+        """Writes of a rank (of all ranks) that have not ended; for rank 0 indexes too, for all ranks also deletions."""
         if rank is None:
             return len(self._writes) + sum(writer.pending for writer in self._writers.values())
-        return sum(write.record.rank == rank for write in self._writes)
+        return sum(write.record.rank == rank for write in self._writes) + (self._indexing if rank == 0 else 0)
 
     def pending_by_level(self) -> Counter[str]:
         return Counter(write.level for write in self._writes)

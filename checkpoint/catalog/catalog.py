@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, PieceTable
+from resilient.checkpoint.catalog.table import PieceTable, within
 from resilient.errors import DamagedImage, NewerFormat
 
 VERSION = 1
-_MOST_ELEMENTS = 1 << 60
+MOST_ELEMENTS = 1 << 60
 Kind = Literal["parameter", "buffer", "transient", "optimizer", "tensor"]
 ITEMSIZES = {
     **dict.fromkeys(("complex128",), 16),
@@ -63,8 +63,8 @@ class Tensor:
     def nbytes(self) -> int:
         return self.numel * self.itemsize
 
-    def problem(self) -> str | None:
-        """Why it is no tensor, or the pieces are not it; None where all is well."""
+    def problem(self, *, partly: bool = False) -> str | None:
+        """Why it is no tensor, or the pieces are not it; None where all is well. `partly`: more pieces may come."""
         if not isinstance(self.name, str) or self.kind not in get_args(Kind) or self.dtype not in ITEMSIZES:
             return f"tensor {self.name!r} is of a kind or dtype that is not known: {self.kind!r}, {self.dtype!r}"
         if any(type(size) is not int for size in self.shape):
@@ -72,27 +72,24 @@ class Tensor:
         table, where = self.pieces, f"tensor {self.name!r} of shape {self.shape}"
         if table.dims != len(self.shape):
             return f"{where}: its pieces have {table.dims} dimensions"
-        if any(size < 0 for size in self.shape) or self.numel > _MOST_ELEMENTS:
+        if any(size < 0 for size in self.shape) or self.numel > MOST_ELEMENTS:
             return f"{where}: there is no such shape"
-        if table.numel != self.numel:
+        if not partly and table.numel != self.numel:
             return f"{where}: its pieces have {table.numel} of {self.numel} elements"
-        rows, d = table.corners, table.dims
-        at, sizes = rows[:, BOX : BOX + d], rows[:, BOX + d : BOX + 2 * d]
-        if (at < 0).any() or (sizes < 0).any() or (at + sizes > np.array(self.shape, dtype=np.int64)).any():
-            return f"{where}: a piece of it lies outside"
-        if (rows[:, START] < 0).any() or (rows[:, STOP] < rows[:, START]).any():
-            return f"{where}: a piece of it ends before it begins"
-        if (rows[:, STOP] > sizes.prod(axis=1)).any() or (rows[:, [FILE, OFFSET]] < 0).any():
-            return f"{where}: a piece of it is more than its box, or lies before its file"
-        return None
+        rows, shape = table.corners, np.array([self.shape], dtype=np.int64)
+        return None if within(rows, shape, table.dims) else f"{where}: a piece of it lies outside, or is none"
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a checkpoint, relative to its folder, and how long it is."""
+    """One file of a checkpoint, relative to its folder, and how long it is.
+
+    `begins`: where its data starts, if offsets of pieces are counted from there; its source adds it.
+    """
 
     name: str
     nbytes: int
+    begins: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,7 +106,7 @@ class Catalog:
     files: list[File] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    own: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    own: dict[str, Mapping[int, Tensor]] = field(default_factory=dict)
     groups: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     step: int | None = None
     world_size: int = 0
@@ -155,7 +152,7 @@ class Catalog:
     def text(self) -> str:
         """As JSON. Regular partitions are stored as lattices (`table.py`), so thousands of ranks cost no more."""
         raw = {
-            "format": "resilient.catalog",
+            "format": "resilient.tensors",
             "version": VERSION,
             "source": self.format,
             "step": self.step,
@@ -177,7 +174,7 @@ def parse_catalog(text: str | bytes, where: str) -> Catalog:
     """What `Catalog.text` gave. Raises DamagedImage, NewerFormat."""
     try:
         raw = json.loads(text, object_pairs_hook=_without_twice)
-        if raw["format"] != "resilient.catalog":
+        if raw["format"] != "resilient.tensors":
             raise ValueError("it is no catalog")
         if raw["version"] != VERSION:
             raise NewerFormat(f"{where} has catalog version {raw['version']}; this library reads {VERSION}: upgrade it")
@@ -193,8 +190,9 @@ def parse_catalog(text: str | bytes, where: str) -> Catalog:
         for one in raw["tensors"]:
             catalog.add(_tensor_of(one, len(catalog.files)))
         for name, ranks in raw["own"].items():
-            catalog.own[name] = {int(rank): _tensor_of(one, len(catalog.files)) for rank, one in ranks.items()}
-            for problem in filter(None, (tensor.problem() for tensor in catalog.own[name].values())):
+            own = {int(rank): _tensor_of(one, len(catalog.files)) for rank, one in ranks.items()}
+            catalog.own[name] = own
+            for problem in filter(None, (tensor.problem() for tensor in own.values())):
                 raise DamagedImage(problem)
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise DamagedImage(f"{where} is no whole catalog ({type(error).__name__}: {error})") from error

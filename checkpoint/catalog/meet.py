@@ -68,7 +68,7 @@ def parts_of(tensor: Tensor, offsets: Sequence[int] | None = None, sizes: Sequen
     rows = tensor.pieces.meeting(begin, extent)
     parts = _parts(rows, tensor, begin, extent)
     have = sum(part.numel for part in parts)
-    if have != wanted or (len(rows) > 1 and _overlap(rows, tensor.pieces.dims)):
+    if have != wanted or (len(rows) > 1 and _overlap(rows, tensor.pieces.dims) and _parts_overlap(parts)):
         raise DamagedImage(
             f"tensor {tensor.name!r}: the checkpoint has {have} of the {wanted} elements at {begin} with sizes "
             f"{extent}, or has some of them twice"
@@ -159,8 +159,14 @@ def _in_row(number: int, boxes: list[Box]) -> list[Box]:
     return [((number, *at), (1, *size)) for at, size in boxes]
 
 
+def _parts_overlap(parts: Sequence[Part]) -> bool:
+    """Whether two parts share an element: what is left to ask where a piece is less than its box."""
+    at = np.array([part.offsets for part in parts], dtype=np.int64)
+    return _boxes_overlap(at, at + np.array([part.sizes for part in parts], dtype=np.int64))
+
+
 def _overlap(rows: Rows, dims: int) -> bool:
-    """Whether two pieces share an element: two ranges of one box, or two boxes."""
+    """Whether two pieces may share an element: two ranges of one box, or two boxes."""
     columns = [rows[:, START], *(rows[:, BOX + n] for n in reversed(range(2 * dims)))]
     rows = rows[np.lexsort(columns)]
     boxes = rows[:, BOX : BOX + 2 * dims]

@@ -6,7 +6,7 @@ placement of the job, found in the numbers, so that it does not matter which lib
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ UNITS: dict[int, Any] = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16:
 """Elements by their size in bytes, for moving values of whatever dtype."""
 FILE, OFFSET, START, STOP, BOX = range(5)  # columns; from BOX on: offsets, sizes and strides, one number a dimension
 _MOST_CLIPPED = 8  # bases of a block that are looked at one by one
+_FEW_ROWS = 64  # sooner unfolded than thought about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,15 @@ def row_major(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
 
 
+def within(rows: Rows, shapes: Rows, dims: int) -> bool:
+    """Whether pieces are some: within the tensor, of `shapes` ([rows or 1, dims]), and no range beyond its box."""
+    at, sizes = rows[:, BOX : BOX + dims], rows[:, BOX + dims : BOX + 2 * dims]
+    start, stop = rows[:, START], rows[:, STOP]
+    outside = (at < 0).any() or (sizes < 0).any() or (at + sizes > shapes).any()
+    empty = (start < 0).any() or (stop < start).any() or (stop > sizes.prod(axis=1)).any()
+    return not (outside or empty or (rows[:, [FILE, OFFSET]] < 0).any())
+
+
 class PieceTable:
     """The pieces of one tensor of `dims` dimensions. Immutable.
 
@@ -58,6 +68,21 @@ class PieceTable:
         found = list(pieces)
         rows = [_row(one) for one in found]
         return cls(len(found[0].piece.shape), np.array(rows, dtype=np.int64))
+
+    @classmethod
+    def joined(cls, tables: Sequence["PieceTable"]) -> "PieceTable":
+        """The pieces of several tables of one tensor as one, folded; the same in whatever order they are given."""
+        return cls(tables[0].dims, np.concatenate([table.rows for table in tables])).folded()
+
+    def folded(self) -> "PieceTable":
+        """The same pieces in the order of files, kept as lattices."""
+        rows = self.rows
+        return self._of_blocks(fold(rows[np.lexsort((rows[:, START], rows[:, OFFSET], rows[:, FILE]))]))
+
+    def _of_blocks(self, blocks: list[Block]) -> "PieceTable":
+        table = PieceTable(self.dims, np.empty((0, BOX + 3 * self.dims), np.int64))
+        table._blocks = blocks
+        return table
 
     def __len__(self) -> int:
         return sum(len(block.bases) * block.times for block in self._blocks)
@@ -92,6 +117,20 @@ class PieceTable:
         """The highest number of a file; -1 without pieces."""
         return max((block.most(FILE) for block in self._blocks if len(block.bases)), default=-1)
 
+    @property
+    def files(self) -> list[int]:
+        """The numbers of the files that have pieces, ascending."""
+        found: list[int] = np.unique(self.rows[:, FILE]).tolist()
+        return found
+
+    def of_file(self, file: int) -> "PieceTable":
+        """The pieces that lie in one file."""
+        bounds: list[Bound] = [((FILE,), (FILE,), file - 1, file + 1)]
+        rows = np.concatenate(
+            [np.empty((0, BOX + 3 * self.dims), np.int64), *(self._clipped(lambda _base, _block: bounds))]
+        )
+        return PieceTable(self.dims, rows[rows[:, FILE] == file])
+
     def meeting(self, begin: Sequence[int], extent: Sequence[int]) -> Rows:
         """The rows that share elements with a box that has some, and of flat ranges hardly any others besides."""
         found = [_meeting(rows, self.dims, begin, extent) for rows in self._candidates(begin, extent)]
@@ -104,18 +143,20 @@ class PieceTable:
     @classmethod
     def from_json(cls, dims: int, lattices: Sequence[Any]) -> "PieceTable":
         """What `to_json` gave. Raises ValueError for anything else."""
-        table = cls(dims, np.empty((0, BOX + 3 * dims), np.int64))
-        table._blocks = [parse_block(raw, BOX + 3 * dims) for raw in lattices]
-        return table
+        empty = cls(dims, np.empty((0, BOX + 3 * dims), np.int64))
+        return empty._of_blocks([parse_block(raw, BOX + 3 * dims) for raw in lattices])
 
     def _candidates(self, begin: Sequence[int], extent: Sequence[int]) -> Iterator[Rows]:
         """Rows of which all may be wanted that are: of lattices only what is near."""
+        return self._clipped(lambda base, block: self._bounds(base, block, begin, extent))
+
+    def _clipped(self, bounds: Callable[[Sequence[int], Block], list[Bound]]) -> Iterator[Rows]:
         for block in self._blocks:
-            if len(block.bases) > _MOST_CLIPPED or not block.axes:
+            if len(block.bases) > _MOST_CLIPPED or len(block.bases) * block.times <= _FEW_ROWS:
                 yield block.unfold()
                 continue
             for base in block.bases.tolist():
-                found = clipped(base, block.axes, self._bounds(base, block, begin, extent))
+                found = clipped(base, block.axes, bounds(base, block))
                 if found is not None:
                     yield Block(np.array([found[0]], dtype=np.int64), found[1]).unfold()
 

@@ -43,19 +43,19 @@ def plan(source: Source, options: SinkOptions) -> list[Output]:
     if options.into is not None:
         raise UsageError(f"a checkpoint of DCP is a folder of several files, not the one file {options.into!r}")
     writer = _Writer(options.shard_bytes)
-    for path, leaf in _flattened(tree_of(source, options, numbered=False), ()):
+    for path, leaf in flattened(tree_of(source, options, numbered=False), ()):
         writer.add(path, leaf)
     return writer.outputs()
 
 
-def _flattened(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def flattened(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """As `torch.distributed.checkpoint._traverse.traverse_state_dict`, which also forgets empty dicts."""
     if isinstance(value, dict):
         for key, one in value.items():
-            yield from _flattened(one, (*path, str(key)))
+            yield from flattened(one, (*path, str(key)))
     elif isinstance(value, list) and not _is_terminal(value):
         for number, one in enumerate(value):
-            yield from _flattened(one, (*path, number))
+            yield from flattened(one, (*path, number))
     else:
         yield path, value
 

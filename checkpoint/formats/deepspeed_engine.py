@@ -21,11 +21,17 @@ from resilient.errors import UsageError
 @dataclass(frozen=True, slots=True)
 class Flat:
     """A master tensor of the engine. `state`: what the optimizer has for it, to be replaced. `fragments` of parameters
-    lie in the master as one row of elements."""
+    lie in the master as one row of elements. `names`: the parameters whose masters `ranks` share in this way, those
+    that have no fragment here too; `cut`: each has another part, else all have all of it. `separate`: the master is
+    another tensor than the model's parameter."""
 
     master: torch.Tensor
     state: MutableMapping[str, Any]
     fragments: Sequence[Fragment]
+    names: Sequence[str]
+    ranks: tuple[int, ...]
+    cut: bool = True
+    separate: bool = True
 
 
 def flats(engine: Any) -> list[Flat]:
@@ -98,6 +104,17 @@ def partitioned(engine: Any) -> Iterator[None]:
         yield
 
 
+def ranks_of(group: Any) -> tuple[int, ...]:
+    """The global ranks of a process group, ascending."""
+    return tuple(sorted(dist.get_process_group_ranks(group)))
+
+
+def replicas_of(engine: Any, parameter: Any) -> tuple[int, ...]:
+    """The ranks that have the same parameter: of an expert those that have this expert."""
+    expert = getattr(parameter, "group_name", None) if not getattr(parameter, "allreduce", True) else None
+    return ranks_of(engine.seq_data_parallel_group if expert is None else engine.expert_data_parallel_group[expert])
+
+
 def shape_of(parameter: Any) -> tuple[int, ...]:
     """The whole shape; ZeRO-3 leaves parameters empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -116,38 +133,44 @@ def set_whole(parameter: Any, value: Callable[[], torch.Tensor]) -> None:
 
 def _of_zero_1_or_2(engine: Any, optimizer: Any, partitions: Sequence[torch.Tensor]) -> Iterator[Flat]:
     groups = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    for partition, group in zip(partitions, groups, strict=True):
+    for partition, group, ranks in zip(partitions, groups, optimizer.real_dp_process_group, strict=True):
         fragments = []
         for one in group:
             mapping = one._hp_mapping
             if mapping is not None:
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
                 fragments.append(Fragment(engine.param_names[one], low.start, high.start, high.numel))
-        yield Flat(partition, optimizer.optimizer.state[partition], fragments)
+        names = [engine.param_names[one] for one in group]
+        yield Flat(partition, optimizer.optimizer.state[partition], fragments, names, ranks_of(ranks))
 
 
 def _of_zero_3(engine: Any, optimizer: Any) -> Iterator[Flat]:
-    rank, world = dist.get_rank(optimizer.dp_process_group), dist.get_world_size(optimizer.dp_process_group)
     for master, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
         if not master.numel():
             raise UsageError(
                 "an engine that keeps its masters on NVMe is not restored yet: its partitions are not in memory"
             )
         shapes = {engine.param_names[one]: shape_of(one) for one in group}
-        yield Flat(master, optimizer.optimizer.state[master], list(parts_of_rank(shapes, rank, world)))
+        partition = group[0].ds_process_group if group else optimizer.dp_process_group
+        fragments = list(parts_of_rank(shapes, dist.get_rank(partition), dist.get_world_size(partition)))
+        yield Flat(master, optimizer.optimizer.state[master], fragments, list(shapes), ranks_of(partition))
 
 
 def _of_unfused(engine: Any, optimizer: Any) -> Iterator[Flat]:
     for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for one, master in zip(low, high, strict=True):
             whole = Fragment(engine.param_names[one], 0, 0, master.numel())
-            yield Flat(master, optimizer.optimizer.state[master], [whole])
+            yield Flat(
+                master, optimizer.optimizer.state[master], [whole], [whole.name], replicas_of(engine, one), False
+            )
 
 
 def _of_plain(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[Flat]:
     for group in optimizer.param_groups:
         for one in group["params"]:
-            yield Flat(one, optimizer.state[one], [Fragment(engine.param_names[one], 0, 0, one.numel())])
+            whole = Fragment(engine.param_names[one], 0, 0, one.numel())
+            ranks = replicas_of(engine, one)
+            yield Flat(one, optimizer.state[one], [whole], [whole.name], ranks, cut=False, separate=False)
 
 
 def _renew_zero_3(optimizer: Any) -> None:

@@ -36,16 +36,18 @@ from resilient.errors import LayoutMismatch, RankFailed
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-def restore(engine: Any, url: str, **how: Any) -> dict[str, Any]:
+def restore(engine: Any, url: str, *, weights_only: bool = False, **how: Any) -> dict[str, Any]:
     """Load a checkpoint of any format into an engine that `deepspeed.initialize` has made. All ranks call it; blocks.
 
     `how`: further arguments of `Reference` (format, step, spec, trust_pickle). Parameters are found by their names in
-    the module. Returned is what the job had given to save_checkpoint (client_state), and further objects by item.
+    the module. `weights_only`: load these and the buffers alone. Returned is what the job had given to save_checkpoint
+    (client_state), and further objects by item, nothing with `weights_only`.
+
     Raises LayoutMismatch where a parameter is missing or has another shape, groups do not fit, or there are slices of
     tensor-parallel ranks to be loaded; RankFailed on the ranks whose fellow failed; what opening and reading raise.
     Up to then nothing of the engine has been changed.
     """
-    found = _together(lambda: _Loaded.read(engine, Reference(url=url, **how)))
+    found = _together(lambda: _Loaded.read(engine, Reference(url=url, **how), weights_only))
     return found.install(engine)
 
 
@@ -59,28 +61,31 @@ class _Loaded:
     groups: list[dict[str, Any]]
     objects: dict[str, Any]
     step: int | None
+    weights_only: bool = False
 
     @classmethod
-    def read(cls, engine: Any, reference: Reference) -> "_Loaded":
+    def read(cls, engine: Any, reference: Reference, weights_only: bool = False) -> "_Loaded":
         held = flats(engine)
         with open_source(reference) as source:
             reader = _Reader(source)
             reader.check(engine)
             return cls(
                 flats=held,
-                values=[reader.flat(one) for one in held],
+                values=[reader.flat(one, weights_only) for one in held],
                 whole=reader.whole(engine),
                 groups=reader.groups(group_names(engine)),
                 objects=source.objects(),
                 step=source.catalog.step,
+                weights_only=weights_only,
             )
 
     def install(self, engine: Any) -> dict[str, Any]:
         with torch.no_grad(), partitioned(engine):
             for flat, values in zip(self.flats, self.values, strict=True):
                 flat.master.data.copy_(values.pop(MASTER).view(flat.master.shape))
-                flat.state.clear()
-                flat.state.update(values)
+                if not self.weights_only:
+                    flat.state.clear()
+                    flat.state.update(values)
             renew(engine, self.flats)
             for name, parameter in engine.module.named_parameters():
                 if name in self.whole:
@@ -88,6 +93,8 @@ class _Loaded:
             for name, buffer in engine.module.named_buffers():
                 if name in self.whole:
                     buffer.copy_(self.whole[name])
+        if self.weights_only:
+            return {}
         for live, saved in zip(inner(engine).param_groups, self.groups, strict=True):
             live.update({key: value for key, value in saved.items() if key != "params"})
         return self._install_objects(engine)
@@ -130,10 +137,12 @@ class _Reader:
             if (persistent is None and self._has(name)) or (persistent is not None and name in persistent):
                 self._check(name, tuple(buffer.shape))
 
-    def flat(self, flat: Flat) -> dict[str, Any]:
+    def flat(self, flat: Flat, weights_only: bool = False) -> dict[str, Any]:
         """The new master and states of a flat tensor, in memory of their own."""
         keys = {key: None for one in flat.fragments for key in self._states.get(self._full(one.name), {})}
         found: dict[str, Any] = {MASTER: self._filled(flat, MASTER)}
+        if weights_only:
+            return found
         for key in keys:
             if key != MASTER:
                 single = self._single(flat, key)

@@ -13,8 +13,9 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from resilient.checkpoint.levels.open import not_opened
 from resilient.checkpoint.levels.remote import RemoteStore
-from resilient.errors import DamagedImage, LevelFailed, UsageError
+from resilient.errors import DamagedImage, LevelFailed
 
 PARTIAL = ".partial"  # the end of the name of a file that is being written
 JOURNAL = ".resilient-conversion.json"  # in a folder that a conversion has not filled yet (`converting/target.py`)
@@ -136,7 +137,7 @@ class Folder:
         try:
             return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]  # other processes write there, too
         except (ImportError, ValueError) as error:
-            raise UsageError(f"{self.url}: {error}") from error
+            raise not_opened(self.url, error) from error
 
     def _full(self, name: str) -> str:
         if self.only_file == name:

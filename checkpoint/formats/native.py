@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from resilient.checkpoint.catalog.catalog import Catalog
+from resilient.checkpoint.catalog.index import Index
 from resilient.checkpoint.catalog.native import native_catalog
 from resilient.checkpoint.extras import columns_by_parameter
 from resilient.checkpoint.formats.folder import Folder
@@ -18,9 +19,17 @@ from resilient.checkpoint.formats.native_image import MALFORMED, Kept, VerifiedI
 from resilient.checkpoint.formats.native_records import Place, check_lives, place_of, read_records
 from resilient.checkpoint.formats.native_sink import plan as plan
 from resilient.checkpoint.formats.source import Finding, Progress, Reference, Source
+from resilient.checkpoint.levels.index_io import current_index, stored_index
 from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.levels.store import Store
-from resilient.checkpoint.names import complete_steps, parse_record_name, record_name, records_by_step, step_folder
+from resilient.checkpoint.names import (
+    catalog_name,
+    complete_steps,
+    parse_record_name,
+    record_name,
+    records_by_step,
+    step_folder,
+)
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, NotACheckpoint
 
@@ -46,12 +55,9 @@ def open_source(folder: Folder, reference: Reference) -> "NativeSource":
     store = open_store(place.url)
     step, world_size = _step_to_open(store, place, reference.step)
     try:
-        records = read_records(store, step, range(world_size), world_size)
-        check_lives(store.url, step, records)
-        kept = Kept()
-        images = {rank: VerifiedImage(store, record, kept) for rank, record in records.items()}
-        catalog = native_catalog(records, {rank: image.data_start for rank, image in images.items()})
-        return NativeSource(reference, folder, catalog, store, images)
+        index = current_index(store, step, world_size)
+        check_lives(store.url, step, {rank: member.life for rank, member in index.members.items()})
+        return NativeSource(reference, folder, native_catalog(index), store, index)
     except MALFORMED as error:
         raise DamagedImage(
             f"{store.url}: the records of step {step} are not as the format says ({type(error).__name__}: {error})"
@@ -59,34 +65,46 @@ def open_source(folder: Folder, reference: Reference) -> "NativeSource":
 
 
 class NativeSource(Source):
-    """One snapshot. `records` by rank."""
+    """One snapshot. The record of an image is read when its bytes are."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        folder: Folder,
-        catalog: Catalog,
-        store: Store,
-        images: Mapping[int, VerifiedImage],
-    ) -> None:
+    def __init__(self, reference: Reference, folder: Folder, catalog: Catalog, store: Store, index: Index) -> None:
         super().__init__(reference, folder, catalog)
         self.store = store
-        self.records: dict[int, Record] = {rank: image.record for rank, image in images.items()}
-        self._images = images
+        self._index = index
+        self._kept = Kept()
+        self._images: dict[int, VerifiedImage] = {}
         self._objects: dict[int, dict[str, Any]] = {}
         self._complete_groups()
 
+    @property
+    def records(self) -> dict[int, Record]:
+        """Those of all ranks. Reads them each time. Raises what `read_record` does."""
+        ranks = range(self._index.world_size)
+        return read_records(self.store, self._index.step, ranks, self._index.world_size)
+
     def read(self, file: int, offset: int, into: memoryview) -> None:
-        self._images[file].read(offset, into)
+        self._image(file).read(self.catalog.files[file].begins + offset, into)
+
+    def _image(self, rank: int) -> VerifiedImage:
+        if rank not in self._images:
+            index = self._index
+            (record,) = read_records(self.store, index.step, [rank], index.world_size).values()
+            problem = index.disagreement(record)
+            if problem is not None:
+                raise DamagedImage(
+                    f"{self.store.url}: step {index.step} was written again after it had been opened: {problem}"
+                )
+            self._images[rank] = VerifiedImage(self.store, record, self._kept)
+        return self._images[rank]
 
     def objects(self, rank: int = 0) -> dict[str, Any]:
         """As they were given to `save`; under `resilient.rng` the random generators.
 
         Of an optimizer `state` (what is no tensor, by parameter) and what else docs/format.md names.
         """
-        rank = rank if rank in self._images else 0
+        rank = rank if rank < self._index.world_size else 0
         if rank not in self._objects:
-            found = self._images[rank].objects()
+            found = self._image(rank).objects()
             for item in self.catalog.groups.keys() & found.keys():
                 found[item] = {**found[item], "state": columns_by_parameter(found[item]["state"])}
             self._objects[rank] = found
@@ -95,6 +113,10 @@ class NativeSource(Source):
     def verify(self, progress: Progress) -> Iterator[Finding]:
         for record in self.records.values():
             yield from verify_image(self.store, record, progress)
+        _, problem = stored_index(self.store, self._index.step, self._index.world_size)
+        if problem:
+            name = catalog_name(self._index.step)
+            yield Finding(name, (), f"{problem}: it is made anew where it is needed, and by `resilient repair`")
 
     def _complete_groups(self) -> None:
         """The records have the names of the parameters of each group, the objects their hyperparameters.
@@ -103,7 +125,7 @@ class NativeSource(Source):
         """
         for item, groups in self.catalog.groups.items():
             done = 0
-            for rank in sorted(self._images):
+            for rank in range(self._index.world_size):
                 saved = self.objects(rank).get(item, {}).get("param_groups", [])
                 for group, values in zip(groups[done:], saved[done:], strict=False):
                     group.update(values)

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from resilient.checkpoint.levels.image_io import read_record
+from resilient.checkpoint.levels.image_io import RECORD_READERS, read_record
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
-_READERS = 16  # records are small, and a remote store answers many requests as quickly as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +37,16 @@ def read_records(store: Store, step: int, ranks: Iterable[int], world_size: int)
     Their pieces are kept as text, which takes a fifth of the memory.
     """
     wanted = list(ranks)
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="resilient-records") as pool:
+    with ThreadPoolExecutor(RECORD_READERS, thread_name_prefix="resilient-records") as pool:
         found = pool.map(lambda rank: replace(read_record(store, step, rank, world_size), parsed=None), wanted)
         return dict(zip(wanted, found, strict=True))
 
 
-def check_lives(url: str, step: int, records: Mapping[int, Record]) -> None:
-    """Raises DamagedImage where the ranks' images are not of one snapshot."""
-    lives: dict[str, list[int]] = {}
-    for rank, record in records.items():
-        lives.setdefault(record.life, []).append(rank)
-    if len(lives) > 1:
-        told = "; ".join(f"ranks {ranks}" for ranks in lives.values())
+def check_lives(url: str, step: int, lives: Mapping[int, str]) -> None:
+    """`lives`: by rank. Raises DamagedImage where the ranks' images are not of one snapshot."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, life in lives.items():
+        ranks_of.setdefault(life, []).append(rank)
+    if len(ranks_of) > 1:
+        told = "; ".join(f"ranks {ranks}" for ranks in ranks_of.values())
         raise DamagedImage(f"{url}: step {step} was written by two lives of the job ({told}); use another step")

@@ -13,6 +13,7 @@ from resilient.checkpoint.digest import block_count, block_range, digest
 from resilient.checkpoint.formats.native_image import Span, damage_in, tensors_in, told, verify_image
 from resilient.checkpoint.formats.source import Finding, Progress
 from resilient.checkpoint.levels.image_io import read_fine_digests, read_image_range, read_record, write_image
+from resilient.checkpoint.levels.index_io import mend_index
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import image_name, record_name, records_by_step, step_folder
 from resilient.checkpoint.record import Record
@@ -128,12 +129,17 @@ class Repair:
     _surveys: list[dict[int, Told]] = field(default_factory=list)
 
     def run(self, *, dry: bool) -> Iterator[Mended]:
-        """Every rank in turn; with `dry` nothing is written. Raises NotACheckpoint, and LevelFailed of a write."""
+        """Every rank in turn, then the index; with `dry` nothing is written. Raises NotACheckpoint, LevelFailed."""
         world_size = world_size_of(self.stores, self.step)
         self._surveys = [survey(store, self.step, world_size) for store in self.stores]
         choice = decide(self._surveys)
+        outcomes = set()
         for rank, place in choice.places.items():
-            yield self._of_rank(rank, place, choice, dry=dry)
+            mended = self._of_rank(rank, place, choice, dry=dry)
+            outcomes.add(mended.outcome)
+            yield mended
+        if not dry and outcomes <= {"well", "repaired"}:
+            mend_index(self.stores[0], self.step, world_size)
 
     def _of_rank(self, rank: int, place: int | None, choice: Choice, *, dry: bool) -> Mended:
         here = self._surveys[0][rank]

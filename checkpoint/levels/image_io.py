@@ -17,6 +17,7 @@ from resilient.checkpoint.record import Record, parse_record
 from resilient.errors import DamagedImage, LevelFailed, PolicyError
 
 CHUNK_BYTES = 64 << 20
+RECORD_READERS = 16  # records are small, and a remote store answers many requests as quickly as one
 COMPRESSIONS = (None, frames.NAME)
 
 

@@ -27,7 +27,7 @@ def open_store(url: str, *, retries: int = 5) -> Store:
         return _folder(os.path.expanduser(url))
     if protocol in ("file", "local"):
         return _folder(_path_of(url))
-    return _remote(url, protocol, retries)
+    return _remote(url, retries)
 
 
 def _path_of(url: str) -> str:
@@ -45,14 +45,19 @@ def _folder(path: str) -> FileStore:
     return FileStore(path)
 
 
-def _remote(url: str, protocol: str, retries: int) -> RemoteStore:
+def _remote(url: str, retries: int) -> RemoteStore:
     try:
         return RemoteStore(url, retries=retries)
-    except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        how = f"pip install torch-resilient[{extra}]" if extra else str(error)
-        raise PolicyError(f"{url} needs a package that is not installed ({error}): {how}") from error
-    except ValueError as error:
-        raise PolicyError(
-            f"{url} cannot be opened ({error}); give a folder, or a URL whose protocol fsspec knows, such as s3://bucket/run"
-        ) from error
+    except (ImportError, ValueError) as error:
+        raise not_opened(url, error) from error
+
+
+def not_opened(url: str, error: ImportError | ValueError) -> PolicyError:
+    """What to tell the user when fsspec does not open a URL: a package is missing, or the protocol is unknown."""
+    if isinstance(error, ImportError):
+        extra = _EXTRAS.get(url.partition("://")[0])
+        how = f"pip install 'torch-resilient[{extra}]'" if extra else str(error)
+        return PolicyError(f"{url} needs a package that is not installed ({error}): {how}")
+    return PolicyError(
+        f"{url} cannot be opened ({error}); give a folder, or a URL whose protocol fsspec knows, such as s3://bucket/run"
+    )

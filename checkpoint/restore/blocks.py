@@ -6,8 +6,9 @@ want of one is read by one of them (`sharing.py`). The others are sent by a rank
 
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from resilient.checkpoint.agent.buffers import MappedImage
 from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.agent.memory import private_memory
-from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_range, fine_count
-from resilient.checkpoint.levels.image_io import read_fine_digests, read_image_range, read_record
+from resilient.checkpoint.catalog.index import Index
+from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_count, block_range, fine_count
+from resilient.checkpoint.image import data_start_of
+from resilient.checkpoint.levels.image_io import RECORD_READERS, read_fine_digests, read_image_range, read_record
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxScatter, units
@@ -31,6 +34,7 @@ from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientErr
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
+_DIGEST_BYTES = 16
 LOST = (DamagedImage, LevelFailed, FileNotFoundError)
 """What reading an image raises where another level or step may still serve."""
 Needs = Mapping[int, Any]
@@ -46,8 +50,18 @@ class Opened:
     fine: bytes | None = None
 
 
+class Outdated(Exception):
+    """The index is of another attempt at the step than the records are. On all ranks; never leaves this package."""
+
+
 class Blocks:
-    """The images of one decision. Made and used on the training thread of every rank; `gather` is collective."""
+    """The images of one decision. Made and used on the training thread of every rank; `gather` is collective.
+
+    `index`: what all know of the images; to be set before the first `gather`. `records_read`: of how many images this
+    rank has read the record, `read_bytes`: how much it has read of images.
+    """
+
+    index: Index
 
     def __init__(
         self,
@@ -66,12 +80,36 @@ class Blocks:
         self._policy = policy
         self._size = len(decision.places)
         self._images: dict[int, Opened] = {}
+        self._records: dict[int, Record] = {}
         self.read_bytes = 0
 
+    @property
+    def records_read(self) -> int:
+        return len(self._records)
+
     def speaker(self, rank: int) -> int:
-        """The rank that reads what all must know of an image, and sends it to those who cannot reach it."""
+        """The rank that reads the record of an image for all, and sends its bytes to those who cannot reach it."""
         holders = self._decision.places[rank].holders
-        return holders[0] if holders else rank % self._world.world_size
+        return holders[0] if holders else rank * self._world.world_size // self._size
+
+    def described(self, rank: int) -> tuple[Record, int]:
+        """The record of an image that this rank can reach, and where its data starts. Raises one of LOST."""
+        stored = self._decision.places[rank].level in self._stores
+        record = self._record(rank) if stored else self.open(rank).record
+        if record.data_start is not None:
+            return record, record.data_start
+        head = private_memory(8)
+        self.open(rank).read(0, head)
+        return record, data_start_of(head)
+
+    def _record(self, rank: int) -> Record:
+        """A record on a store."""
+        if rank not in self._records:
+            store = self._stores[self._decision.places[rank].level]
+            record = read_record(store, self._decision.step, rank, self._size)
+            self._records[rank] = replace(record, parsed=None)  # as text it takes a fifth of the memory
+            return record
+        return self._records[rank]
 
     def open(self, rank: int) -> Opened:
         """An image that this rank can reach."""
@@ -80,10 +118,10 @@ class Blocks:
             if level in ("memory", "parity"):
                 slot = self._recover(rank) if level == "parity" else None
                 mapped = self._opened.enter_context(self._client.map_image(rank, step, self._size, slot_id=slot))
+                self._records[rank] = mapped.record
                 self._images[rank] = Opened(mapped.record, lambda offset, into: mapped.read(offset, [into]))
             else:
-                store = self._stores[level]
-                record = read_record(store, step, rank, self._size)
+                store, record = self._stores[level], self._record(rank)
                 fine = read_fine_digests(store, record)
                 self._images[rank] = Opened(record, partial(read_image_range, store, record), fine)
         return self._images[rank]
@@ -101,16 +139,18 @@ class Blocks:
     def gather(
         self,
         uses: "Mapping[int, BoxScatter | Held | Nothing]",
-        records: Mapping[int, Record],
         needs: Needs,
     ) -> Damaged:
-        """Bring the needed blocks of images to `uses`, by image; then agree on what cannot be used. Collective."""
+        """Bring the needed blocks of images to `uses`, by image; then agree on what cannot be used. Collective.
+
+        The images have been compared with the index (`disagrees`).
+        """
         remote = {
-            rank: [begin // BLOCK_BYTES for begin, _ in units(needs[rank], records[rank].image_bytes, fine=False)]
+            rank: [begin // BLOCK_BYTES for begin, _ in units(needs[rank], self._bytes_of(rank), fine=False)]
             for rank in uses
             if not self._reaches(rank)
         }
-        bad, done = self._read_together(uses, records, needs)
+        bad, done = self._read_together(uses, needs)
         near = [rank for rank in uses if rank not in remote and rank not in done]
         rows = self._world.gather_results(
             lambda: [bad | {k: v for rank in near for k, v in self.read(rank, uses, needs).items()}, remote]
@@ -119,33 +159,58 @@ class Blocks:
         if not found:
             for rank, numbers in _union(wanted for _, wanted in rows):
                 use = uses.get(rank) if rank in remote else None
-                found |= self._send(rank, numbers, records[rank], use.take if use is not None else None)
+                found |= self._send(rank, numbers, use.take if use is not None else None)
         return self.as_damaged(found)
 
-    def _read_together(
-        self, uses: Mapping[int, Any], records: Mapping[int, Record], needs: Needs
-    ) -> tuple[dict[int, str], set[int]]:
+    def disagrees(self, ranks: Iterable[int]) -> bool:
+        """Open images on stores that this rank will read, several at a time; whether one is not that of the index.
+
+        All ranks are to agree then that the index is `Outdated`. One that cannot be read is for those to tell who read
+        the image.
+        """
+        new = [rank for rank in ranks if rank not in self._images and self._is_stored(rank)]
+
+        def work(rank: int) -> bool:
+            try:
+                problem = self.index.disagreement(self.open(rank).record)
+            except LOST:
+                return False
+            if problem is not None:
+                _log.warning("step %d: its index is of another attempt at it (%s)", self._decision.step, problem)
+            return problem is not None
+
+        if len(new) < 2:
+            return any(map(work, new))
+        with ThreadPoolExecutor(RECORD_READERS, thread_name_prefix="resilient-records") as pool:
+            return any(list(pool.map(work, new)))
+
+    def _is_stored(self, rank: int) -> bool:
+        return self._decision.places[rank].level in self._stores and self._reaches(rank)
+
+    def _bytes_of(self, rank: int) -> int:
+        return self.index.members[rank].image_bytes
+
+    def _read_together(self, uses: Mapping[int, Any], needs: Needs) -> tuple[dict[int, str], set[int]]:
         """Images that several ranks of a node want, read by one of them. What cannot be used, and what is done."""
-        if not any(place.level in self._stores for place in self._decision.places):
-            return {}, set()  # all of it is in memory, which all ranks know
+        levels = {place.level for place in self._decision.places}
+        if all(level not in self._stores or self._stores[level].is_near for level in levels):
+            return {}, set()  # nothing of it is behind a network, which all ranks know
         world = self._world
         mine = {rank: int(needs[rank].sum()) * FINE_BYTES for rank in uses if self._is_far(rank)}
         told = [{int(rank): nbytes for rank, nbytes in row.items()} for row in world.gather(mine)]
-        sizes = {rank: record.image_bytes for rank, record in records.items()}
+        sizes = {rank: member.image_bytes for rank, member in self.index.members.items()}
         bad: dict[int, str] = {}
         done: set[int] = set()
         for turn in rounds_of(told, sizes, world.nodes):
-            problems, ready = self._share(turn, uses, records, needs)
+            problems, ready = self._share(turn, uses, needs)
             bad |= problems
             done |= ready
         return bad, done
 
-    def _share(
-        self, turn: Mapping[int, int], uses: Mapping[int, Any], records: Mapping[int, Record], needs: Needs
-    ) -> tuple[dict[int, str], set[int]]:
+    def _share(self, turn: Mapping[int, int], uses: Mapping[int, Any], needs: Needs) -> tuple[dict[int, str], set[int]]:
         """One round: each reader reads its image, then all take what they need of those of their node."""
         world, mine = self._world, turn.get(self._world.rank)
-        rows = world.gather_results(lambda: (0, "") if mine is None else self._read_for_all(mine, records))
+        rows = world.gather_results(lambda: (0, "") if mine is None else self._read_for_all(mine))
         slot = rows[world.rank][0]
         near = {image: rows[rank] for rank, image in turn.items() if world.nodes[rank] == world.node}
         ready = {image: found for image, (found, _) in near.items() if found and image in uses}
@@ -159,18 +224,19 @@ class Blocks:
         level = self._decision.places[rank].level
         return self._reaches(rank) and level in self._stores and not self._stores[level].is_near
 
-    def _read_for_all(self, rank: int, records: Mapping[int, Record]) -> tuple[int, str]:
+    def _read_for_all(self, rank: int) -> tuple[int, str]:
         """A whole image into the memory of the agent, for all ranks of this node: the slot that it is in.
 
         0 where there is no room for it: then each reads for itself. Or why the image cannot be used.
         """
-        record, level = records[rank], self._decision.places[rank].level
+        size, level = self._bytes_of(rank), self._decision.places[rank].level
         try:
-            slot = self._client.scratch(record.image_bytes, self._policy.budget_bytes(record.image_bytes))
+            slot = self._client.scratch(size, self._policy.budget_bytes(size))
         except OverBudget:
             return 0, ""
         try:
-            read_whole(record, level, self.open(rank).read, slot.view[: record.image_bytes])
+            record = self.open(rank).record
+            read_whole(record, level, self.open(rank).read, slot.view[:size])
         except LOST as error:
             self._release(slot.id)
             return 0, why(error)
@@ -205,20 +271,37 @@ class Blocks:
             return {rank: why(error)}
         return {}
 
-    def _send(self, rank: int, numbers: list[int], record: Record, use: Use | None) -> dict[int, str]:
+    def _send(self, rank: int, numbers: list[int], use: Use | None) -> dict[int, str]:
         """One image's blocks from its speaker to all; those who want them use them once all have them verified."""
-        source = self.speaker(rank)
+        if not numbers:
+            return {}
+        source, size = self.speaker(rank), self._bytes_of(rank)
+        blocks = self._digests_from(source, rank, numbers)
         window = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         for number in numbers:
-            begin, end = block_range(number, record.image_bytes)
+            begin, end = block_range(number, size)
             part = window[: end - begin]
-            problems = send_window(self._world, source, begin, part, record.blocks, partial(self._fill_window, rank))
+            problems = send_window(self._world, source, begin, part, blocks, partial(self._fill_window, rank))
             if any(problems):
                 told = [problem for problem in problems if isinstance(problem, str) and problem]
                 return {rank: told[0] if told else "it arrived damaged"}
             if use is not None:
                 use(begin, memoryview(part.numpy().data).cast("B"))
         return {}
+
+    def _digests_from(self, source: int, rank: int, numbers: list[int]) -> list[str]:
+        """The digests of these blocks of an image, by number, as its record has them, which only `source` can read."""
+        told = torch.zeros(len(numbers) * _DIGEST_BYTES, dtype=torch.uint8)
+        if self._world.rank == source:
+            with suppress(*LOST):  # nothing will be sent then, and why not
+                record = self.open(rank).record
+                found = b"".join(bytes.fromhex(record.blocks[number]) for number in numbers)
+                told = torch.frombuffer(bytearray(found), dtype=torch.uint8)
+        self._world.broadcast(told, source)
+        blocks = [""] * block_count(self._bytes_of(rank))
+        for at, number in enumerate(numbers):
+            blocks[number] = bytes(told[at * _DIGEST_BYTES : (at + 1) * _DIGEST_BYTES].tolist()).hex()
+        return blocks
 
     def _fill_window(self, rank: int, begin: int, part: torch.Tensor) -> str:
         try:

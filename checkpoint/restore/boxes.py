@@ -5,7 +5,7 @@
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -67,8 +67,8 @@ class BoxRange:
         ]
 
 
-def box_ranges(tensor: Described, local: Tensor, place: Box) -> list[BoxRange]:
-    """What of the stored pieces fills `local`, the box `place` of the tensor.
+def box_ranges(tensor: Described, local: Tensor, place: Box, begins: Sequence[int]) -> list[BoxRange]:
+    """What of the stored pieces fills `local`, the box `place` of the tensor. `begins`: where each image's data does.
 
     Raises DamagedImage where they do not make it up, ValueError for a place outside of the tensor.
     """
@@ -82,7 +82,8 @@ def box_ranges(tensor: Described, local: Tensor, place: Box) -> list[BoxRange]:
     for number, row in enumerate(rows.tolist()):
         if count := (needed or {}).get(number, 0):
             at, sizes = tuple(row[BOX : BOX + d]), tuple(row[BOX + d : BOX + 2 * d])
-            found.append(BoxRange(row[FILE], row[OFFSET], row[START], row[STOP], at, sizes, local, place, count))
+            offset = begins[row[FILE]] + row[OFFSET]
+            found.append(BoxRange(row[FILE], offset, row[START], row[STOP], at, sizes, local, place, count))
     return found
 
 
@@ -107,12 +108,15 @@ def _needed(geometry: bytes, shape: tuple[int, ...], place: Box) -> dict[int, in
 
 def needed_blocks(ranges: Iterable[BoxRange], image_bytes: int) -> NDArray[np.bool_]:
     """Which blocks of `FINE_BYTES` of an image hold bytes that the ranges need."""
-    steps = np.zeros(fine_count(image_bytes) + 1, dtype=np.int64)
+    firsts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for one in ranges:
         for begins, nbytes in _runs(one):
-            np.add.at(steps, begins // FINE_BYTES, 1)
-            np.add.at(steps, (begins + nbytes - 1) // FINE_BYTES + 1, -1)
-    return np.cumsum(steps[:-1]) > 0
+            firsts.append(begins // FINE_BYTES)
+            ends.append((begins + nbytes - 1) // FINE_BYTES + 1)
+    count = fine_count(image_bytes) + 1
+    steps = np.bincount(np.concatenate(firsts), minlength=count) - np.bincount(np.concatenate(ends), minlength=count)
+    needed: NDArray[np.bool_] = np.cumsum(steps[:-1]) > 0
+    return needed
 
 
 def units(needed: NDArray[np.bool_], image_bytes: int, *, fine: bool) -> list[tuple[int, int]]:

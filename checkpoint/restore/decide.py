@@ -8,8 +8,8 @@ A snapshot that a job of another size has made is *reshaped*: every image of it 
 each rank takes from them what it needs (`reshape.py`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from resilient.errors import LevelFailed, ResilientError, RestoreError
@@ -31,6 +31,15 @@ class Facts:
     other_worlds: dict[int, int] = field(default_factory=dict)
     others: tuple[tuple[int, int, int, str], ...] = ()
     unseen: tuple[str, ...] = ()
+
+    def only(self, steps: Collection[int]) -> "Facts":
+        """What is left where no other steps count."""
+        return replace(
+            self,
+            steps={level: tuple(step for step in held if step in steps) for level, held in self.steps.items()},
+            other_worlds={step: size for step, size in self.other_worlds.items() if step in steps},
+            others=tuple(one for one in self.others if one[0] in steps),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from resilient.checkpoint.extras import columns_by_parameter
 from resilient.checkpoint.leaves import Leaf, Leaves, place_of
 from resilient.checkpoint.pieces import Piece
+from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxRange
 from resilient.checkpoint.restore.images import Stored
@@ -88,6 +89,8 @@ def is_cut_otherwise(record: Record, found: Leaves) -> bool:
         leaf = leaves.get(raw["key"]) if "nbytes" in raw else None
         if leaf is not None and (tuple(raw["offsets"]), tuple(raw["sizes"])) != (leaf.box.offsets, leaf.box.sizes):
             return True
+        if leaf is not None and leaf.at is not None and (raw["start"], raw["stop"]) != (leaf.box.start, leaf.box.stop):
+            return True
     return False
 
 
@@ -95,23 +98,26 @@ def ranges_of(key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> list
     """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor: CutOtherwise for a matter of cuts."""
     if not pieces:
         raise LayoutMismatch(f"the snapshot has no tensor {key!r}: was it made by another model?")
+    if not box.numel and not box.is_box:
+        return []  # a rank that has nothing of a flat partition
     stored = sorted(pieces, key=lambda one: one.piece.start)
     if stored[0].dtype != local.dtype or stored[0].piece.shape != box.shape:
         raise LayoutMismatch(
             f"tensor {key!r} is {stored[0].dtype} {stored[0].piece.shape} in the snapshot and "
             f"{local.dtype} {box.shape} in this job"
         )
-    found, covered, seen = [], 0, False
+    found, covered, seen = [], box.start, False
     for one in stored:
         if one.piece.same_box(box):
             seen = True
-            if one.piece.start == covered:
-                found.append(Range(one.image_rank, one.offset, one.nbytes, local, one.piece.start, one.piece.stop))
+            if one.piece.start == covered < box.stop:
+                start, stop = one.piece.start - box.start, one.piece.stop - box.start
+                found.append(Range(one.image_rank, one.offset, one.nbytes, local, start, stop))
                 covered = one.piece.stop
-    if covered != box.numel or not seen:
+    if covered != box.stop or not seen:
         raise CutOtherwise(
-            f"tensor {key!r}: the snapshot has {covered} of the {box.numel} elements of the part at {box.offsets} "
-            f"with sizes {box.sizes} that this rank needs: it was sharded differently"
+            f"tensor {key!r}: the snapshot has {covered - box.start} of the {box.numel} elements of the part at "
+            f"{box.offsets} with sizes {box.sizes} that this rank needs: it was sharded differently"
         )
     return found
 
@@ -152,11 +158,16 @@ def propose(state: Mapping[str, object], found: Leaves, catalog: Catalog, object
     _check_names(found, catalog)
     _check_objects(state, objects)
     for leaf in found.leaves:
-        if leaf.kind != "optimizer":
+        if leaf.kind != "optimizer" and leaf.key not in found.provided:
             proposal.ranges += _ranges_of_model(leaf, catalog)
-    for item, optimizer in state.items():
-        if isinstance(optimizer, Optimizer) and item in objects:
-            _propose_optimizer(proposal, item, optimizer, found, catalog, objects[item])
+    for item, value in state.items():
+        if isinstance(value, Optimizer) and item in objects:
+            _propose_optimizer(proposal, item, value, found, catalog, objects[item])
+        elif isinstance(value, Provided):
+            wanted = value.propose(found, item, catalog)
+            proposal.states += wanted.states
+            for leaf in wanted.leaves:
+                proposal.ranges += _ranges_of_model(leaf, catalog)
     return proposal
 
 
@@ -222,16 +233,28 @@ def _propose_optimizer(
             usable = catalog.shared_with(() if pieces[0].own else parameter.group, pieces)
             if usable:
                 contents[name] = tensor = _tensor_for(usable[0], parameter, live.get(name), made.get(key, {}).get(name))
-                proposal.ranges += _ranges_of_state(catalog, usable, tensor)
+                proposal.ranges += _ranges_of_state(catalog, usable, tensor, parameter)
         proposal.states.append((optimizer, parameter.tensor, contents))
     for key, contents in values.get("others", {}).items():
         proposal.states.append((optimizer, key, contents))
 
 
-def _ranges_of_state(catalog: Catalog, pieces: list[Stored], tensor: Tensor) -> Sequence[Range | BoxRange]:
-    if isinstance(tensor, DTensor):
-        return catalog.ranges(pieces[0].key, tensor._local_tensor.detach(), place_of(tensor).box, pieces)
-    return catalog.ranges(pieces[0].key, tensor.detach(), Piece.whole(tensor.shape), pieces)
+def _ranges_of_state(
+    catalog: Catalog, pieces: list[Stored], tensor: Tensor, parameter: Leaf
+) -> Sequence[Range | BoxRange]:
+    if not isinstance(tensor, DTensor):
+        return catalog.ranges(pieces[0].key, tensor.detach(), Piece.whole(tensor.shape), pieces)
+    box = parameter.box if _is_cut_alike(tensor, parameter.tensor) else place_of(tensor).box
+    return catalog.ranges(pieces[0].key, tensor._local_tensor.detach(), box, pieces)
+
+
+def _is_cut_alike(tensor: DTensor, like: Tensor) -> bool:
+    """Whether it lies on its ranks as another does, so that its box is known: to find it out again takes long."""
+    return (
+        isinstance(like, DTensor)
+        and tensor.device_mesh is like.device_mesh
+        and (tensor.placements, tensor.shape) == (like.placements, like.shape)
+    )
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -1,45 +1,54 @@
 """Reshaping restore: a snapshot of a job with another number of ranks, or another mesh, into this job's live state.
 
-    records of all images → what this rank needs (`reshaped.py`) → its blocks, from wherever they are → live tensors
+    the index of all images (`indexing.py`) → what this rank needs (`reshaped.py`) → its blocks, from wherever they are
+    (`blocks.py`) → live tensors
 
-How the blocks come is the business of `blocks.py`. Every block is verified before it is used; a state that is worth
-something is touched only when all of them have been. Collective; on the training thread.
+No rank reads every record: only those of the images that it reads. Every block is verified before it is used; a state
+that is worth something is touched only when all of them have been. Collective; on the training thread.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from resilient.checkpoint.agent.client import AgentClient
-from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.catalog.catalog import Tensor as DescribedTensor
+from resilient.checkpoint.catalog.index import Index, Member
 from resilient.checkpoint.catalog.table import FILE, OFFSET, START, STOP
-from resilient.checkpoint.digest import digest
+from resilient.checkpoint.digest import block_count, digest
 from resilient.checkpoint.extras import Extras
-from resilient.checkpoint.image import data_start_of
 from resilient.checkpoint.leaves import Leaves
 from resilient.checkpoint.levels.store import Store
-from resilient.checkpoint.record import Record, parse_record
-from resilient.checkpoint.restore.blocks import LOST, Blocks, Held, Nothing, blocks_of, why
+from resilient.checkpoint.names import image_name
+from resilient.checkpoint.record import Record
+from resilient.checkpoint.restore.blocks import Blocks, Held, Nothing, Outdated, blocks_of
 from resilient.checkpoint.restore.boxes import BoxRange, BoxScatter, needed_blocks
 from resilient.checkpoint.restore.decide import Damaged, Decision
 from resilient.checkpoint.restore.images import Image
+from resilient.checkpoint.restore.indexing import index_of_records, keep_index, stored_index
 from resilient.checkpoint.restore.load import Proposal, propose
 from resilient.checkpoint.restore.reshaped import Reshaped, objects_rank
 from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
-from resilient.errors import LayoutMismatch
+from resilient.errors import LayoutMismatch, RestoreError
 from resilient.policy import Policy
+
+_log = logging.getLogger("resilient")
 
 
 @dataclass(frozen=True, slots=True)
 class Reshape:
-    """What came of it: notes on what could not be restored, bytes that were needed, and bytes that were read."""
+    """What came of it: notes on what could not be restored, bytes that were needed, and bytes that were read.
+
+    `records`: of how many images this rank has read the record.
+    """
 
     notes: list[str]
     nbytes: int
     read_bytes: int
+    records: int
 
 
 class Reshaper:
@@ -59,100 +68,109 @@ class Reshaper:
         self._world = world
         self._state = state
         self._found = found
+        self._stores = stores
+        self._decision = decision
         self._size = len(decision.places)
         self._blocks = Blocks(client, world, stores, decision, opened, policy)
         self.touched = False  # whether live tensors may have been overwritten
 
     def run(self, extras: Extras, *, fresh: bool) -> tuple[Reshape | None, Damaged]:
         """Restore, or say which images cannot be used. `fresh`: the state is worth nothing yet."""
-        records, begins, damaged = self._records()
-        if damaged:
+        index = stored_index(self._world, self._stores, self._decision)
+        if index is not None:
+            try:
+                return self._run(index, extras, fresh=fresh)
+            except Outdated:  # on all ranks, before anything was touched
+                _log.warning("the index of step %d is made anew from the records", self._decision.step)
+        index, damaged = index_of_records(self._world, self._blocks, self._decision)
+        if index is None:
             return None, damaged
-        catalog = self._catalog(records, begins)
-        damaged = self._find_replicas(catalog, records)
-        if damaged:
-            return None, damaged
-        chosen = objects_rank(records, self._found, self._world.rank)
-        ends, tail = self._ends(records[chosen], begins[chosen])
-        damaged = self._blocks.gather({chosen: tail}, records, {chosen: ends})
-        if damaged:
-            return None, damaged
+        keep_index(self._world, self._stores, self._decision, index)
+        try:
+            return self._run(index, extras, fresh=fresh)
+        except Outdated as error:
+            raise RestoreError(
+                f"step {self._decision.step}: its records change while they are read: does another job write there?"
+            ) from error
 
-        def proposed() -> tuple[Image, Proposal]:
-            image = Image(InMemory(records[chosen], "", tail.view, verified=True))
-            return image, propose(self._state, self._found, catalog, image.objects)
-
-        image, proposal = self._world.together(proposed)
-        wanted = _by_image(proposal)
-        needs = {rank: needed_blocks(ranges, records[rank].image_bytes) for rank, ranges in wanted.items()}
+    def _run(self, index: Index, extras: Extras, *, fresh: bool) -> tuple[Reshape | None, Damaged]:
+        """Raises Outdated, on all ranks, where a record is not what the index says; nothing is touched by then."""
+        self._blocks.index = index
+        chosen = objects_rank(index, self._found, self._world.rank)
+        catalog = self._catalog(index, chosen)
+        damaged = self._find_replicas(catalog, index)
+        if damaged:
+            return None, damaged
+        ends, tail = _ends(index.members[chosen])
+        damaged = self._blocks.gather({chosen: tail}, {chosen: ends})
+        if damaged:
+            return None, damaged
+        image, proposal, wanted, needs = self._propose(index, chosen, tail, catalog)
         if not fresh:
-            damaged = self._blocks.gather({rank: Nothing() for rank in wanted}, records, needs)
+            damaged = self._blocks.gather({rank: Nothing() for rank in wanted}, needs)
             if damaged:
                 return None, damaged
         self.touched = True
         proposal.install()
         scatters = {rank: BoxScatter(ranges) for rank, ranges in wanted.items()}
-        damaged = self._blocks.gather(scatters, records, needs)
+        damaged = self._blocks.gather(scatters, needs)
         if damaged:
             return None, damaged
         for scatter in scatters.values():
             scatter.finish()
         notes = self._world.together(lambda: extras.apply(image.objects, self._found, image.groups()))
         nbytes = sum(one.needed_bytes for ranges in wanted.values() for one in ranges)
-        return Reshape(notes, nbytes, self._blocks.read_bytes), frozenset()
+        return Reshape(notes, nbytes, self._blocks.read_bytes, self._blocks.records_read), frozenset()
 
-    # ---- records
+    def _propose(
+        self, index: Index, chosen: int, tail: Held, catalog: Reshaped
+    ) -> tuple[Image, Proposal, dict[int, list[BoxRange]], dict[int, Any]]:
+        """The objects of the chosen image, and what this rank wants of which: ranges by image, and their blocks.
 
-    def _records(self) -> tuple[dict[int, Record], dict[int, int], Damaged]:
-        """The records of all images, and where their data starts: each is read by one rank and told to all."""
-        world = self._world
-        mine = [rank for rank in range(self._size) if self._blocks.speaker(rank) == world.rank]
-        rows = world.gather_results(lambda: {rank: self._described(rank) for rank in mine})
-        told = {int(rank): one for row in rows for rank, one in row.items()}
-        records = {rank: parse_record(text, "a record") for rank, (text, _, problem) in told.items() if not problem}
-        begins = {rank: start for rank, (_, start, problem) in told.items() if not problem}
-        bad = {rank: problem for rank, (_, _, problem) in told.items() if problem}
-        lives = {record.life for record in records.values()}
-        if not bad and len(lives) > 1:
-            bad = {rank: "of another life of the job" for rank, one in records.items() if one.life != max(lives)}
-        return records, begins, self._blocks.as_damaged(bad)
+        Collective: raises Outdated on all ranks.
+        """
+        made: list[tuple[Image, Proposal, dict[int, list[BoxRange]], dict[int, Any]]] = []
 
-    def _described(self, rank: int) -> tuple[str, int, str]:
-        """Record, start of the data, and why they cannot be had."""
-        try:
-            one = self._blocks.open(rank)
-            start = one.record.data_start
-            if start is None:
-                head = private_memory(8)
-                one.read(0, head)
-                start = data_start_of(head)
-            return one.record.text(), start, ""
-        except LOST as error:
-            return "", 0, why(error)
+        def plan() -> bool:
+            image = Image(InMemory(_told_of(index, chosen), "", tail.view, verified=True))
+            proposal = propose(self._state, self._found, catalog, image.objects)
+            wanted = _by_image(proposal)
+            needs = {rank: needed_blocks(ranges, index.members[rank].image_bytes) for rank, ranges in wanted.items()}
+            made.append((image, proposal, wanted, needs))
+            return self._blocks.disagrees(wanted)
+
+        if any(self._world.gather_results(plan)):
+            raise Outdated
+        return made[0]
 
     # ---- names
 
-    def _catalog(self, records: Mapping[int, Record], begins: Mapping[int, int]) -> Reshaped:
-        """What is there. Raises LayoutMismatch for what was saved of the models and has its place on no rank."""
+    def _catalog(self, index: Index, chosen: int) -> Reshaped:
+        """What is there. Raises LayoutMismatch for what was saved of the models and has its place on no rank, Outdated.
+
+        `chosen`: an image that this rank will read.
+        """
         made: list[Reshaped] = []
 
-        def names() -> list[list[str]]:
-            made.append(Reshaped(records, begins, self._world.rank))
+        def names() -> list[Any]:
+            made.append(Reshaped(index, self._world.rank))
             tied = sorted(set(self._found.aliases) & set(made[0].described.tensors))
-            return [made[0].missing(self._found), tied]
+            return [made[0].missing(self._found), tied, self._blocks.disagrees([chosen])]
 
         rows = self._world.gather_results(names)
-        nowhere = set.intersection(*(set(missing) for missing, _ in rows))
+        if any(outdated for _, _, outdated in rows):
+            raise Outdated
+        nowhere = set.intersection(*(set(missing) for missing, _, _ in rows))
         if nowhere:
             raise LayoutMismatch(f"the snapshot has tensor {min(nowhere)!r}, which this job's state does not have")
-        for _, shared in rows:
+        for _, shared, _ in rows:
             if shared:
                 raise LayoutMismatch(
                     f"tensor {shared[0]!r} is one with another in this job (tied), but not in the snapshot"
                 )
         return made[0]
 
-    def _find_replicas(self, catalog: Reshaped, records: Mapping[int, Record]) -> Damaged:
+    def _find_replicas(self, catalog: Reshaped, index: Index) -> Damaged:
         """Tell the catalog which parameters are the same on all ranks that have one each: replicas by convention.
 
         They are read and compared: that ranks hold different tensors under one name is as common (a model that is cut
@@ -163,7 +181,9 @@ class Reshaper:
             return frozenset()
         world, size = self._world, self._size
         mine = [rank for rank in range(size) if self._blocks.speaker(rank) == world.rank]
-        rows = world.gather_results(lambda: [self._digests(rank, doubtful, records) for rank in mine])
+        if any(world.gather_results(lambda: self._blocks.disagrees(mine))):
+            raise Outdated
+        rows = world.gather_results(lambda: [self._digests(rank, doubtful, index.members[rank]) for rank in mine])
         bad = {rank: problem for row in rows for rank, _, problem in row if problem}
         digests: dict[str, dict[str, list[str]]] = {}
         for name, piece, text in (each for row in rows for _, found, _ in row for each in found):
@@ -177,7 +197,7 @@ class Reshaper:
         return self._blocks.as_damaged(bad)
 
     def _digests(
-        self, rank: int, names: Mapping[str, Mapping[int, DescribedTensor]], records: Mapping[int, Record]
+        self, rank: int, names: Mapping[str, Mapping[int, DescribedTensor]], member: Member
     ) -> tuple[int, list[tuple[str, str, str]], str]:
         """Of the pieces that an image has of these tensors: name, which piece, digest. Or why it cannot be read."""
         spans = []
@@ -186,21 +206,39 @@ class Reshaper:
                 for row in own[rank].pieces.rows.tolist():
                     if row[FILE] == rank:  # the others of its group have more of it
                         nbytes = (row[STOP] - row[START]) * own[rank].itemsize
-                        spans.append((name, str(row[START:]), (row[OFFSET], row[OFFSET] + nbytes)))
-        image_bytes = records[rank].image_bytes
+                        begin = member.data_start + row[OFFSET]
+                        spans.append((name, str(row[START:]), (begin, begin + nbytes)))
+        image_bytes = member.image_bytes
         held = Held(image_bytes)
         problems = self._blocks.read(rank, {rank: held}, {rank: blocks_of([span for _, _, span in spans], image_bytes)})
         if problems:
             return rank, [], problems[rank]
         return rank, [(name, piece, digest(held.view[begin:end])) for name, piece, (begin, end) in spans], ""
 
-    # ---- bytes
 
-    def _ends(self, record: Record, begins: int) -> tuple[Any, Held]:
-        """Header and objects of an image: the blocks they are in, and where these go."""
-        last = max((raw["offset"] + raw["nbytes"] for raw in record.pieces() if "nbytes" in raw), default=0)
-        spans = [(0, begins), (min(begins + last, record.image_bytes - 1), record.image_bytes)]
-        return blocks_of(spans, record.image_bytes), Held(record.image_bytes)
+def _ends(member: Member) -> tuple[Any, Held]:
+    """Header and objects of an image: the blocks they are in, and where these go."""
+    objects = min(member.data_start + member.planned_bytes, member.image_bytes - 1)
+    spans = [(0, member.data_start), (objects, member.image_bytes)]
+    return blocks_of(spans, member.image_bytes), Held(member.image_bytes)
+
+
+def _told_of(index: Index, rank: int) -> Record:
+    """What the index has of a record, for an image whose blocks have been verified; without pieces and digests."""
+    member = index.members[rank]
+    return Record(
+        run_id=index.run_id,
+        life=member.life,
+        step=index.step,
+        rank=rank,
+        world_size=index.world_size,
+        plan_digest=member.plan_digest,
+        image_name=image_name(index.step, rank, index.world_size),
+        image_bytes=member.image_bytes,
+        blocks=("",) * block_count(member.image_bytes),
+        pieces_text=index.others_of(rank),
+        data_start=member.data_start,
+    )
 
 
 def _by_image(proposal: Proposal) -> dict[int, list[BoxRange]]:

@@ -3,18 +3,21 @@
 The layout is the live state itself: of each tensor the box that this rank holds. Pure; `reshape.py` does the reading.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 
 from torch import Tensor
 
 from resilient.checkpoint.catalog.catalog import Catalog as Described
 from resilient.checkpoint.catalog.catalog import Kind
 from resilient.checkpoint.catalog.catalog import Tensor as DescribedTensor
+from resilient.checkpoint.catalog.index import Index
+from resilient.checkpoint.catalog.meet import boxes_of_range
 from resilient.checkpoint.catalog.native import native_catalog
 from resilient.checkpoint.dtypes import torch_dtype
 from resilient.checkpoint.leaves import Leaf, Leaves
 from resilient.checkpoint.pieces import Piece
-from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxRange, box_ranges
 from resilient.checkpoint.restore.images import Stored
 from resilient.checkpoint.restore.load import Catalog
@@ -29,15 +32,17 @@ class Reshaped(Catalog):
     What every rank has for itself (buffers under DDP, single tensors) goes to rank r from rank r modulo that size.
     """
 
-    def __init__(self, records: Mapping[int, Record], begins: Mapping[int, int], rank: int) -> None:
-        """`records` and `begins` (where the data starts) of all images. Raises DamagedImage."""
+    def __init__(self, index: Index, rank: int) -> None:
+        """`index`: of all images. Raises DamagedImage."""
         super().__init__([], rank)
-        self.world_size = len(records)
-        self.described: Described = native_catalog(records, begins)
+        self.world_size = index.world_size
+        self.described: Described = native_catalog(index)
         self._mine = rank % self.world_size
-        self._hosts = {
-            raw["key"]: raw["host"] for record in records.values() for raw in record.pieces() if "nbytes" in raw
-        }
+        self._replicated: set[str] = set()
+        self._begins = [file.begins for file in self.described.files]
+        self._hosts: dict[str, bool] = {}
+        for header, entry in index.entries.items():
+            self._hosts[header.name] = self._hosts.get(header.name, False) or entry.host
 
     def missing(self, found: Leaves) -> list[str]:
         """What was saved of models and has no place in this rank's state; another rank may have it."""
@@ -45,7 +50,7 @@ class Reshaped(Catalog):
         names = [tensor.name for tensor in self.described.of_kind(*_MODEL)]
         return [name for name in names if name not in known and name not in found.aliases]
 
-    def doubtful(self) -> dict[str, dict[int, DescribedTensor]]:
+    def doubtful(self) -> dict[str, Mapping[int, DescribedTensor]]:
         """Parameters and their state of which each rank has one of its own: by name, and rank."""
         if self.world_size == 1:
             return {}
@@ -53,9 +58,8 @@ class Reshaped(Catalog):
         return {name: ranks for name, ranks in own.items() if ranks[min(ranks)].kind in ("parameter", "optimizer")}
 
     def replicated(self, names: Iterable[str]) -> None:
-        """Of these all ranks have the same."""
-        for name in names:
-            self.described.own.pop(name, None)
+        """Of these all ranks have the same. Each takes them from where it takes its own: not all from the first."""
+        self._replicated.update(names)
 
     def needed_keys(self) -> list[str]:
         """None of a rank alone: see `missing`."""
@@ -85,14 +89,16 @@ class Reshaped(Catalog):
                 f"tensor {key!r} is {tensor.dtype} {tensor.shape} in the snapshot and "
                 f"{local.dtype} {box.shape} in this job"
             )
-        return box_ranges(tensor, local, (box.offsets, box.sizes))
+        if box.is_box:
+            return box_ranges(tensor, local, (box.offsets, box.sizes), self._begins)
+        return list(_flat_ranges(tensor, local, box, self._begins))
 
     def _variant(self, tensor: DescribedTensor) -> DescribedTensor:
         """Of a tensor that ranks have for themselves the one that this rank is to have."""
         own = self.described.own.get(tensor.name)
         if own is None or self.world_size == 1:
             return tensor
-        if tensor.kind in ("parameter", "optimizer"):
+        if tensor.kind in ("parameter", "optimizer") and tensor.name not in self._replicated:
             raise LayoutMismatch(
                 f"tensor {tensor.name!r}: {len(own)} ranks of the job that made the snapshot have different ones "
                 "under that name, and nothing says how they belong together: restore with as many ranks"
@@ -119,16 +125,26 @@ class Reshaped(Catalog):
         )
 
 
-def objects_rank(records: Mapping[int, Record], found: Leaves, rank: int) -> int:
+def _flat_ranges(tensor: DescribedTensor, local: Tensor, piece: Piece, begins: Sequence[int]) -> Iterator[BoxRange]:
+    """What fills a range of a box, which `local` holds in row-major order."""
+    at = 0
+    for offsets, sizes in boxes_of_range(piece.start, piece.stop, piece.sizes):
+        numel = prod(sizes)
+        place = tuple(a + b for a, b in zip(piece.offsets, offsets, strict=True))
+        yield from box_ranges(tensor, local[at : at + numel].view(sizes), (place, sizes), begins)
+        at += numel
+
+
+def objects_rank(index: Index, found: Leaves, rank: int) -> int:
     """Whose objects a rank takes: of the job's rank whose optimizers had most of its parameters, so that their groups
     fit; where several had as many, rank modulo their number is preferred, for what each rank has for itself."""
     mine = {name for groups in found.groups.values() for names in groups for name in names}
-    preferred = rank % len(records)
+    preferred = rank % index.world_size
 
-    def fit(other: int) -> tuple[int, bool, int]:
-        theirs = {
-            name for raw in records[other].pieces() if "groups" in raw for names in raw["groups"] for name in names
-        }
-        return len(mine & theirs), other == preferred, -other
+    def fit(text: str) -> tuple[int, bool, int]:
+        theirs = {name for raw in json.loads(text) if "groups" in raw for names in raw["groups"] for name in names}
+        ranks = index.others[text]
+        return len(mine & theirs), preferred in ranks, -ranks[0]
 
-    return max(records, key=fit)
+    best = index.others[max(index.others, key=fit)]
+    return preferred if preferred in best else best[0]

@@ -10,7 +10,7 @@ it overwrites anything. Collective; on the training thread.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +45,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """What a restore did. `levels[r]` is where the image came from of rank r of the job that made the snapshot;
-    `seconds` from the call to the end. `read_bytes`: what was read of images for it; None where they were read whole.
+    `seconds` from the call to the end. `read_bytes`: what this rank read of images, and `read_records` of how many the
+    record; None where each rank read its own image, whole.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Restored:
     bytes: int
     notes: tuple[str, ...] = ()
     read_bytes: int | None = None
+    read_records: int | None = None
 
 
 class _CutOtherwise(Exception):
@@ -79,9 +81,11 @@ class Restorer:
         *,
         fresh: bool,
         peers: bool = False,
+        steps: Collection[int] | None = None,
     ) -> None:
         """`found`: the state as it is, walked. `fresh`: it is worth nothing yet, so blocks may be loaded before others
         are verified. `peers`: whether the agents of other nodes can be asked for images.
+        `steps`: no others count; None: all do.
         """
         self._client = client
         self._world = world
@@ -92,6 +96,7 @@ class Restorer:
         self._stores: dict[str, Store] = {}
         self._fresh = fresh
         self._peers = peers
+        self._steps = steps
         self._mixed = False  # whether blocks of an image that turned out to be damaged are in the state
         self._slot = 0  # where this rank's opened image lies in the agent's memory
         self._adopted = 0  # the same, if it was read into there from another level or node
@@ -105,6 +110,14 @@ class Restorer:
             if self._mixed:
                 error.add_note(_MIXED)
             raise
+
+    def newest(self) -> int | None:
+        """The step that `restore` would try first; no image is read. Raises as it does, too."""
+        decision = decide(self._facts())
+        if decision.action not in ("restore", "reshape"):
+            self._refuse_or_say_nothing_is_there(decision)
+            return None
+        return decision.step
 
     def _restore(self, extras: Extras) -> Restored | None:
         began = time.perf_counter()
@@ -182,6 +195,7 @@ class Restorer:
             bytes=done.nbytes,
             notes=tuple(done.notes),
             read_bytes=done.read_bytes,
+            read_records=done.records,
         )
         return restored, frozenset()
 
@@ -194,7 +208,7 @@ class Restorer:
         durable = dict(rows[0]["durable"])
         ours = tuple(step for step, size in durable.items() if size == world.world_size)
         others = {step: size for step, size in durable.items() if size != world.world_size}
-        return [
+        facts = [
             Facts(
                 rank=rank,
                 steps={**{level: tuple(row[level]) for level in ("memory", "parity", "local")}, "durable": ours},
@@ -204,6 +218,7 @@ class Restorer:
             )
             for rank, row in enumerate(rows)
         ]
+        return facts if self._steps is None else [one.only(self._steps) for one in facts]
 
     def _look(self) -> dict[str, Any]:
         """What this rank can see: steps in memory and on the local level, and on rank 0 what is durable."""

@@ -5,6 +5,7 @@
     check.py       verify, diff
     conversion.py  convert
     keeping.py     repair, prune
+    agent.py, doctor.py, mpi.py, running.py, slurm.py    the doors: jobs, their machines and their agents
 
 Commands are thin: they decide what to show. What they do lies below them (`checkpoint/formats`) or in a module named
 for it here (`listing`, `comparing`, `repairing`, `pruning`). Nothing imports torch before a checkpoint is opened, so

@@ -13,11 +13,16 @@ from collections.abc import Sequence
 import click
 
 from resilient.errors import ResilientError
+from resilient.launch.cli.agent import agent
 from resilient.launch.cli.check import diff, verify
 from resilient.launch.cli.conversion import convert
+from resilient.launch.cli.doctor import doctor
 from resilient.launch.cli.keeping import prune, repair
 from resilient.launch.cli.look import inspect, ls
+from resilient.launch.cli.mpi import mpi
 from resilient.launch.cli.output import Enough, Exit, exit_code, remark
+from resilient.launch.cli.running import rendezvous, run
+from resilient.launch.cli.slurm import slurm
 
 
 @click.group(
@@ -34,7 +39,7 @@ def resilient(debug: bool) -> None:
     """
 
 
-for _command in (ls, inspect, verify, diff, convert, repair, prune):
+for _command in (agent, ls, inspect, verify, diff, convert, repair, prune, mpi, doctor, rendezvous, run, slurm):
     resilient.add_command(_command)
 
 

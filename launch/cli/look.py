@@ -201,7 +201,7 @@ def _tensor_json(catalog: "Catalog", tensor: "Tensor", *, pieces: bool) -> dict[
         raw["stored"] = [
             {
                 "file": one.file,
-                "offset": one.offset,
+                "offset": catalog.files[one.file].begins + one.offset,
                 "offsets": list(one.piece.offsets),
                 "sizes": list(one.piece.sizes),
                 "start": one.piece.start,

@@ -36,7 +36,7 @@ def sound_step(store: Store, complete: Mapping[int, int]) -> int:
     for step in sorted(complete, reverse=True):
         try:
             records = read_records(store, step, range(complete[step]), complete[step])
-            check_lives(store.url, step, records)
+            check_lives(store.url, step, {rank: record.life for rank, record in records.items()})
         except (RestoreError, FileNotFoundError):
             continue
         if all(_size(store, record.image_name) for record in records.values()):

@@ -41,6 +41,11 @@ def test_large_tensors_are_shared_evenly() -> None:
     assert max(loads) - min(loads) < 2 << 20
 
 
+def test_what_is_small_of_many_replicas_is_saved_by_few() -> None:
+    shares = share([Replicated(1, 4, True)] * 2000, 4096)
+    assert {rank for ranges in shares for rank, (start, stop) in enumerate(ranges) if stop > start} == {0}
+
+
 def test_a_part_of_a_piece_keeps_its_box() -> None:
     box = Piece.box((8, 4), (2, 0), (2, 4))
     part = box.part(3, 5)

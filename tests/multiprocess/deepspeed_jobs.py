@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,18 @@ def prepare() -> Any:
 
 @contextmanager
 def training(
-    stage: int, dtype: str, optimizer: str = "adamw", *, seed: int = 1, universal: bool = False
+    stage: int,
+    dtype: str,
+    optimizer: str = "adamw",
+    *,
+    seed: int = 1,
+    universal: bool = False,
+    blocks: Mapping[str, Any] | None = None,
 ) -> Iterator[Any]:
-    """An engine on all ranks of the process group. Its batches are the same at every world size."""
+    """An engine on all ranks of the process group. Its batches are the same at every world size.
+
+    `blocks`: further blocks of its configuration.
+    """
     deepspeed = prepare()
     model = Network(seed)
     config: dict[str, Any] = {
@@ -126,9 +135,12 @@ def training(
     }
     if dtype == "bfloat16":
         config["bf16"] = {"enabled": True}
+    if dtype == "float16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}
+        _let_fp16_be()
     optimizer, _, variant = optimizer.partition(".")
-    for section, values in VARIANTS[variant].items():
-        config.setdefault(section, {}).update(values)
+    for section, values in [*VARIANTS[variant].items(), *(blocks or {}).items()]:
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, Mapping) else values
     if universal:
         config["checkpoint"] = {"load_universal": True}
     made = OPTIMIZERS[optimizer](groups(model))
@@ -140,6 +152,14 @@ def training(
         engine.destroy()
         del engine, model, made
         gc.collect()
+
+
+def _let_fp16_be() -> None:
+    """DeepSpeed refuses fp16 on CPUs without instructions for it, though torch computes with it on all."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind: Any = type(get_accelerator())
+    kind.is_fp16_supported = lambda self: True
 
 
 def train(engine: Any, steps: range) -> list[float]:

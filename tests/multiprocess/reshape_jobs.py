@@ -52,6 +52,13 @@ def fsdp() -> Job:
     return _fsdp(init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
+def even() -> Job:
+    """FSDP2 of what six ranks and two cut at places of which the latter are some of the former."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 24), torch.nn.Tanh(), torch.nn.Linear(24, 12))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return trained(model, grouped(model))
+
+
 def hsdp() -> Job:
     return _fsdp(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
@@ -131,8 +138,8 @@ def save(make: Make, url: str, folder: str, policy: resilient.Policy = EVERY_STE
 
 def restore(
     make: Make, url: str, folder: str, saved_by: int, policy: resilient.Policy = EVERY_STEP, level: str = "durable"
-) -> tuple[dict[int, str], int]:
-    """Restore into a fresh job of another shape; compare; train on and save again. The levels, and bytes read."""
+) -> tuple[dict[int, str], int, int]:
+    """Restore into a fresh job of another shape; compare; train on, save again. Levels; bytes and records read."""
     job = made(make, 2)
     with checkpointing(url, job, policy) as checkpointer:
         assert checkpointer.restore() == 2
@@ -149,7 +156,7 @@ def restore(
         checkpointer.save(3).durable(level).result(40)
         train(job, 1)
         checkpointer.save(4).durable(level).result(40)
-        return done.levels, done.read_bytes or 0
+        return done.levels, done.read_bytes or 0, done.read_records or 0
 
 
 def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ import pytest
 import resilient
 from resilient.checkpoint.formats.registry import open_source
 from resilient.checkpoint.formats.source import Reference
-from tests.checkpoint.jobs import Job
+from resilient.checkpoint.levels.index_io import make_index
+from resilient.checkpoint.levels.open import open_store
+from tests.checkpoint.jobs import EVERY_STEP, Job
 from tests.multiprocess import reshape_jobs as jobs
 from tests.multiprocess.ranks import run
 from tests.multiprocess.test_parity import lose
@@ -46,7 +48,7 @@ def name(pair: tuple[Shape, Shape]) -> str:
 def test_a_snapshot_is_restored_by_a_job_of_another_shape(pair: tuple[Shape, Shape], tmp_path: Path) -> None:
     (before, size), (after, other) = pair
     run(jobs.save, size, before, str(tmp_path / "run"), str(tmp_path))
-    for levels, _ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size):
+    for levels, *_ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size):
         assert levels == dict.fromkeys(range(size), "durable")
 
 
@@ -64,7 +66,49 @@ def test_what_all_ranks_of_a_node_need_comes_over_the_network_once(bucket: str, 
     images = sum(file.nbytes for file in open_source(Reference(url=bucket)).catalog.files)
     found = run(jobs.restore, 3, jobs.ddp, bucket, str(tmp_path), 2)
     # Once for all, and some for the objects and to compare what is replicated.
-    assert images <= sum(read for _, read in found) < 1.9 * images
+    assert images <= sum(read for _, read, _ in found) < 1.9 * images
+
+
+INDEX = "step_00000002/catalog.json"
+
+
+def spoilt(url: Path, how: str, again: Callable[[], object]) -> None:
+    """Make the index of a snapshot one that is of no use; `again`: another attempt at the steps."""
+    index = url / INDEX
+    before = index.read_bytes()
+    if how == "missing":
+        index.unlink()
+    elif how == "damaged":
+        index.write_bytes(before[:-100] + b"X" + before[-99:])
+    elif how == "of another attempt":
+        again()
+        assert index.read_bytes() != before
+        index.write_bytes(before)
+
+
+@pytest.mark.parametrize("how", ["right", "missing", "damaged", "of another attempt"])
+def test_no_rank_reads_every_record_whatever_there_is_of_the_index(how: str, tmp_path: Path) -> None:
+    url = tmp_path / "run"
+    run(jobs.save, 6, jobs.even, str(url), str(tmp_path))
+    right = (url / INDEX).read_bytes()
+    spoilt(url, how, lambda: run(jobs.save, 6, jobs.even, str(url), str(tmp_path)))
+    found = run(jobs.restore, 2, jobs.even, str(url), str(tmp_path), 6, replace(EVERY_STEP, keep_last=9))
+    # Of the three images that a rank needs, of the one whose objects it takes, and of the one with all counters; those
+    # that it has read for the others, where there was no index, are the same.
+    assert [records for _, _, records in found] == [3, 5]
+    after = (url / INDEX).read_bytes()
+    assert (after == right) == (how != "of another attempt")
+    assert make_index(open_store(str(url)), 2, range(6), 6).text().encode() == after
+
+
+def test_a_job_that_may_not_write_makes_the_index_for_itself(tmp_path: Path) -> None:
+    """Five ranks, of which some read no record for the others, from three."""
+    url = tmp_path / "run"
+    run(jobs.save, 3, jobs.fsdp, str(url), str(tmp_path))
+    (url / INDEX).unlink()
+    (url / INDEX).mkdir()  # what cannot be written, whoever one is
+    for levels, *_ in run(jobs.restore, 5, jobs.fsdp, str(url), str(tmp_path), 3):
+        assert levels == dict.fromkeys(range(3), "durable")
 
 
 MEMORY = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
@@ -74,7 +118,7 @@ MEMORY = resilient.Policy(durable_every=0, agent_idle_s=60, fence_timeout_s=40)
 def test_fewer_or_more_ranks_go_on_from_memory(pair: tuple[Shape, Shape], tmp_path: Path) -> None:
     (before, size), (after, other) = pair
     run(jobs.save, size, before, str(tmp_path / "run"), str(tmp_path), MEMORY, "memory")
-    for levels, _ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size, MEMORY, "memory"):
+    for levels, *_ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size, MEMORY, "memory"):
         assert levels == dict.fromkeys(range(size), "memory")
 
 
@@ -82,7 +126,7 @@ def test_images_in_the_memory_of_other_nodes_are_sent(tmp_path: Path) -> None:
     arguments = (str(tmp_path / "run"), str(tmp_path))
     run(jobs.save, 4, jobs.fsdp, *arguments, MEMORY, "memory", nodes=("a", "a", "b", "c"))
     found = run(jobs.restore, 3, jobs.fsdp, *arguments, 4, MEMORY, "memory", nodes=("c", "a", "b"))
-    assert [levels for levels, _ in found] == [dict.fromkeys(range(4), "memory")] * 3
+    assert [levels for levels, *_ in found] == [dict.fromkeys(range(4), "memory")] * 3
 
 
 PARITY = resilient.Policy(parity="2+1", durable_every=0, agent_idle_s=60, fence_timeout_s=40)
@@ -96,7 +140,7 @@ def test_the_survivors_of_a_lost_node_go_on_with_fewer_ranks_from_parity(
     lose(str(tmp_path), "b", eventually)
     policy = replace(PARITY, parity="1+1")
     found = run(jobs.restore, 2, jobs.fsdp, *arguments, 3, policy, "memory", nodes=("a", "c"))
-    assert [levels for levels, _ in found] == [{0: "memory", 1: "parity", 2: "memory"}] * 2
+    assert [levels for levels, *_ in found] == [{0: "memory", 1: "parity", 2: "memory"}] * 2
 
 
 @pytest.mark.parametrize("where", ["data", "header", "digests", "record"])

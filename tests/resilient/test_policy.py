@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import given
@@ -377,6 +378,7 @@ def test_the_identity_of_a_run_is_stated_else_the_launchers_else_made_from_the_u
     assert Policy().run_identity("s3://b/x", both) == "job-7"
     assert Policy().run_identity("s3://b/x", both | {"TORCHELASTIC_RUN_ID": "none"}) == "42"
     assert Policy().run_identity("s3://b/x", both | {"TORCHELASTIC_RUN_ID": ""}) == "42"
+    assert Policy().run_identity("s3://b/x", both | {"TORCHELASTIC_RUN_ID": str(uuid4())}) == "42"
     assert Policy().run_identity("s3://b/x", {}) == Policy().run_identity("s3://b/x", {"SLURM_JOB_ID": ""})
     assert Policy().run_identity("s3://b/x", {}) != Policy().run_identity("s3://b/y", {})
 

@@ -72,6 +72,10 @@ def test_parts_are_given_exactly_where_each_element_is_there_once(data: st.DataO
             parts_of(tensor(shape, pieces), *box)
 
 
+def test_a_range_that_ends_before_what_else_lies_in_its_box_does_not_overlap_it() -> None:
+    assert len(parts_of(tensor((3,), [Piece.box((3,), (2,), (1,)), Piece.whole((3,)).part(0, 2)]))) == 2
+
+
 def test_boxes_that_are_no_grid_may_still_be_a_tensor() -> None:
     pieces = [Piece.box((3, 3), *box) for box in WHEEL]
     assert len(parts_of(tensor((3, 3), pieces))) == 5

@@ -50,7 +50,7 @@ def test_a_url_that_cannot_work_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("url", "package", "told"),
-    [("s3://bucket/run", "s3fs", "pip install torch-resilient[s3]"), ("gs://bucket/run", "gcsfs", "install gcsfs")],
+    [("s3://bucket/run", "s3fs", "pip install 'torch-resilient[s3]'"), ("gs://bucket/run", "gcsfs", "install gcsfs")],
 )
 def test_a_missing_package_is_named_with_what_brings_it(url: str, package: str, told: str) -> None:
     # In a process of its own: fsspec keeps what it has imported.

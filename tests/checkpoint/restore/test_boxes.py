@@ -31,7 +31,8 @@ class Stored:
         shape = tuple(chance.choice([1, 2, 3, 7, 40, 130]) for _ in range(chance.randrange(4)))
         self.dtype = chance.choice(DTYPES)
         self.values = torch.randint(0, 2 if self.dtype == torch.bool else 200, shape).to(self.dtype)
-        self.images = [bytearray(chance.randrange(5) * 64) for _ in range(IMAGES)]
+        self.begins = [chance.randrange(5) * 64 for _ in range(IMAGES)]
+        self.images = [bytearray(begins) for begins in self.begins]
         cuts = [sorted({0, n, *(chance.randrange(n + 1) for _ in range(chance.randrange(3)))}) for n in shape]
         pieces = []
         for box in itertools.product(*(itertools.pairwise(cut) for cut in cuts)):
@@ -41,7 +42,7 @@ class Stored:
             for start, stop in itertools.pairwise(ends):
                 image = chance.randrange(IMAGES)
                 piece = Piece(shape=shape, offsets=offsets, sizes=sizes, start=start, stop=stop)
-                pieces.append(StoredPiece(piece=piece, file=image, offset=len(self.images[image])))
+                pieces.append(StoredPiece(piece=piece, file=image, offset=len(self.images[image]) - self.begins[image]))
                 self.images[image] += flat[start:stop].clone().view(torch.uint8).numpy().tobytes()
                 self.images[image] += bytes(-len(self.images[image]) % 16)
         name = str(self.dtype).removeprefix("torch.")
@@ -63,7 +64,7 @@ def test_a_box_is_filled_from_whatever_pieces_there_are(seed: int) -> None:
     local = torch.zeros(sizes, dtype=stored.dtype)
     if local.dim() > 1 and chance.random() < 0.3:
         local = torch.zeros(sizes[::-1], dtype=stored.dtype).permute(*range(local.dim())[::-1])  # not contiguous
-    ranges = box_ranges(stored.tensor, local, (at, sizes))
+    ranges = box_ranges(stored.tensor, local, (at, sizes), stored.begins)
     assert sum(one.needed_bytes for one in ranges) == local.numel() * local.element_size()
     for number, image in enumerate(stored.images):
         mine = [one for one in ranges if one.image_rank == number]
@@ -85,7 +86,7 @@ def one_piece(shape: tuple[int, ...], offset: int = 0, drop: int = 0) -> Describ
 
 def read_of(tensor: Described, local: torch.Tensor, at: tuple[int, ...], *, fine: bool) -> int:
     image_bytes = tensor.nbytes + 4096
-    ranges = box_ranges(tensor, local, (at, tuple(local.shape)))
+    ranges = box_ranges(tensor, local, (at, tuple(local.shape)), [0])
     return sum(end - begin for begin, end in units(needed_blocks(ranges, image_bytes), image_bytes, fine=fine))
 
 
@@ -105,5 +106,5 @@ def test_rows_that_are_narrower_than_a_block_are_read_once() -> None:
 
 def test_elements_that_are_nowhere_are_missed() -> None:
     with pytest.raises(DamagedImage, match="'w'"):
-        box_ranges(one_piece((4, 4), drop=1), torch.zeros(4, 4), ((0, 0), (4, 4)))
-    assert box_ranges(one_piece((4, 4), drop=1), torch.zeros(2, 4), ((1, 0), (2, 4)))
+        box_ranges(one_piece((4, 4), drop=1), torch.zeros(4, 4), ((0, 0), (4, 4)), [0])
+    assert box_ranges(one_piece((4, 4), drop=1), torch.zeros(2, 4), ((1, 0), (2, 4)), [0])

@@ -80,3 +80,12 @@ def test_an_older_snapshot_of_another_world_size_does_not_matter() -> None:
 def test_facts_survive_their_journey() -> None:
     one = Facts(rank=3, steps={"memory": (1, 2)}, other_worlds={9: 8}, others=((1, 8, 0, "local"),))
     assert Facts.from_json(one.to_json()) == one
+
+
+def test_where_only_some_steps_count_the_newest_of_them_is_taken_and_others_are_not_seen() -> None:
+    known = [
+        Facts(rank=0, steps={"memory": (12,), "durable": (8, 10)}, other_worlds={11: 8}, others=((12, 4, 0, "local"),))
+    ]
+    assert decide(known).step == 12
+    assert decide([one.only({8, 10}) for one in known]).step == 10
+    assert decide([one.only(set()) for one in known]).action == "nothing"
