@@ -201,6 +201,8 @@ def _take_up_loaders(trainer: Trainer, epoch_rng: Mapping[str, Any]) -> None:
         return
     keeping = [loader for loader in combined.flattened if hasattr(loader, "load_state_dict")]
     if loop.restarting and not keeping:
+        for loader in combined.flattened:
+            _set_epoch(loader, loop.epoch_progress.current.processed)
         for _ in range(loop.epoch_loop.batch_progress.current.processed):
             next(fetcher.iterator)
     elif not loop.restarting and keeping:
@@ -210,3 +212,10 @@ def _take_up_loaders(trainer: Trainer, epoch_rng: Mapping[str, Any]) -> None:
                 pass
         restore_rng(epoch_rng)
         iter(fetcher)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Samplers that shuffle by the number of the epoch (DistributedSampler) hear of it from Lightning only later."""
+    for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)

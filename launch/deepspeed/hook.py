@@ -246,6 +246,7 @@ class Hook:
         if self._handle is not None:
             with suppress(ResilientError, TimeoutError):
                 self._handle.durable(level).result(timeout_s)
+                self._handle.captured.result(timeout_s)
 
     def _writes_names(self) -> bool:
         engine = self._engine

@@ -277,7 +277,7 @@ def stored(url: Path, step: int) -> tuple[dict[Any, list[tuple[int, int]]], list
     """The ranges that all images of a snapshot hold of each box of each shared tensor, and the size of each image."""
     ranges: dict[Any, list[tuple[int, int]]] = {}
     sizes = []
-    for path in sorted((url / f"step_{step:08d}").glob("*.json")):
+    for path in sorted((url / f"step_{step:08d}").glob("rank_*.json")):
         record = json.loads(path.read_text())
         pieces = [one for one in record["pieces"] if "nbytes" in one]
         sizes.append(sum(one["nbytes"] for one in pieces if not one["own"]))

@@ -54,12 +54,19 @@ def assert_same(calm: Path, disturbed: Path, ranks: int) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("script", "steps"), [("train_huggingface.py", 18), ("train_lightning.py", 15)])
+@pytest.mark.parametrize(
+    ("script", "steps", "die_at"),
+    [
+        ("train_huggingface.py", 18, random.Random(os.getpid()).randrange(2, 18)),
+        ("train_lightning.py", 15, random.Random(os.getpid()).randrange(2, 15)),
+        ("train_lightning.py", 15, 8),  # in the middle of an epoch that is not the first
+    ],
+    ids=["huggingface", "lightning", "lightning, second epoch"],
+)
 def test_two_ranks_of_which_one_is_killed_end_with_the_bits_of_an_undisturbed_run(
-    script: str, steps: int, tmp_path: Path
+    script: str, steps: int, die_at: int, tmp_path: Path
 ) -> None:
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    die_at = random.Random(os.getpid()).randrange(2, steps)
     assert run(script, calm, ranks=2) == 0
     assert run(script, disturbed, "--die-at-step", str(die_at), ranks=2, restarts=1) == 0
     assert_same(calm, disturbed, 2)

@@ -11,7 +11,7 @@ from resilient.checkpoint.formats.native_repair import Mended, Repair, Told, dec
 from resilient.checkpoint.levels.files import FileStore
 from resilient.checkpoint.levels.image_io import chunks_of, read_image_range, read_record, write_image
 from resilient.checkpoint.levels.store import MemoryStore, Store
-from resilient.checkpoint.names import image_name, record_name
+from resilient.checkpoint.names import catalog_name, image_name, record_name
 from resilient.checkpoint.record import Record
 from resilient.errors import NotACheckpoint
 
@@ -72,7 +72,9 @@ def test_levels_that_keep_images_in_other_forms_repair_one_another(
     assert outcomes[0].sources == (whole.url,)
     if not (lost and here != there):  # what is left of such an image cannot be told apart from the other form
         assert outcomes[0].blocks == 1
-    assert {name: broken.size(name) for name in broken.list()} == before
+    after = {name: broken.size(name) for name in broken.list()}
+    assert after.pop(catalog_name(STEP)) > 0, "a complete snapshot has its index again"
+    assert after == before
     stored = read_record(broken, STEP, 0, RANKS)
     assert (stored.encoding is None) == (here is None)
     found = memoryview(bytearray(len(DATA)))
