@@ -43,10 +43,6 @@ class SaveHandle:
             self.levels = (*self.levels, level)
         return self._durable[level]
 
-    def is_settled(self) -> bool:
-        """Whether nothing more is to come of it."""
-        return self.captured.done() and all(future.done() for future in self._durable.values())
-
     def _skipped(self) -> SnapshotSkipped:
         return SnapshotSkipped(f"step {self.step} is not due at this level by the policy")
 
@@ -66,7 +62,7 @@ class Pending:
     def add(self, handle: SaveHandle) -> None:
         """Await this handle. What is still awaited for this step or a later one is superseded: the run went back."""
         for earlier in self.waiting():
-            if earlier.step >= handle.step and not earlier.is_settled():
+            if earlier.step >= handle.step and not _is_settled(earlier):
                 reason = f"step {earlier.step} was not safe yet when the run went back to step {handle.step}"
                 self.fail("memory", earlier.step, SnapshotSkipped(reason))
         with self._lock:
@@ -138,7 +134,12 @@ class Pending:
             self._failures.append(text)
 
     def _forget_settled(self, handle: SaveHandle) -> None:
-        if handle.is_settled():
+        if _is_settled(handle):
             with self._lock:
                 if self._handles.get(handle.step) is handle:  # a later attempt at the step may have come meanwhile
                     del self._handles[handle.step]
+
+
+def _is_settled(handle: SaveHandle) -> bool:
+    """Whether nothing more is to come of it."""
+    return handle.captured.done() and all(handle.durable(level).done() for level in handle.levels)

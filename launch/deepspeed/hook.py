@@ -106,6 +106,7 @@ class Hook:
             weakref.finalize(self, self._notes.close)
         self._saved: int | None = None  # the last step that was saved in this life
         self._handle: SaveHandle | None = None
+        self._named: SaveHandle | None = None  # the last one that `latest` is to name
         self._closed = False
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(engine, name) for name in _REPLACED}
         for name, ours in (
@@ -186,8 +187,8 @@ class Hook:
         Returns what failed since the last save, one line each. `engine.destroy()` calls it. Safe to repeat.
         """
         self.checkpointer.fence()
-        if self._notes is not None and not self._closed:
-            self._await("durable", self._config.policy.write_timeout_s)  # of all ranks, which `latest` waits for
+        if self._named is not None and not self._closed:  # rank 0: `latest` waits for all ranks
+            _await(self._named, "durable", self._config.policy.write_timeout_s)
         self._closed = True
         problems = self.checkpointer.close(keep_memory=keep_memory)
         self._end_notes()
@@ -238,15 +239,8 @@ class Hook:
 
     def _let_settle(self, step: int) -> None:
         """Two attempts at one step must not meet: ranks that run apart could take an image of one for the other's."""
-        if self._saved == step:
-            self._await("memory", self._config.policy.fence_timeout_s)
-
-    def _await(self, level: str, timeout_s: float) -> None:
-        """Until the last snapshot has reached a level on all ranks, or will not."""
-        if self._handle is not None:
-            with suppress(ResilientError, TimeoutError):
-                self._handle.durable(level).result(timeout_s)
-                self._handle.captured.result(timeout_s)
+        if self._saved == step and self._handle is not None:
+            _await(self._handle, "memory", self._config.policy.fence_timeout_s)
 
     def _writes_names(self) -> bool:
         engine = self._engine
@@ -259,6 +253,7 @@ class Hook:
         durable = "durable" in handle.levels
         number = notes.began(folder, name, step, durable=durable)
         if latest and durable:
+            self._named = handle
             handle.durable("durable").add_done_callback(
                 lambda done: notes.safe(folder, name, step, number) if done.exception() is None else None
             )
@@ -328,3 +323,10 @@ class Hook:
         self.client_state.update(client)
         self._saved = None
         return os.path.basename(url.rstrip("/"))
+
+
+def _await(handle: SaveHandle, level: str, timeout_s: float) -> None:
+    """Until a snapshot has reached a level on all ranks, or will not."""
+    with suppress(ResilientError, TimeoutError):
+        handle.durable(level).result(timeout_s)
+        handle.captured.result(timeout_s)
