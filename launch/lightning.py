@@ -217,5 +217,6 @@ def _take_up_loaders(trainer: Trainer, epoch_rng: Mapping[str, Any]) -> None:
 def _set_epoch(loader: Any, epoch: int) -> None:
     """Samplers that shuffle by the number of the epoch (DistributedSampler) hear of it from Lightning only later."""
     for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
