@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-PREEMPTED = 75  # exit code of a worker whose state is durable: start the job again, anywhere
-REGROUP = 76  # exit code of a worker whose state is in memory: start it again at once, here
+from resilient.errors import Preempted
+
+PREEMPTED = Preempted.SAFE  # exit code of a worker whose state is durable: start the job again, anywhere
+REGROUP = Preempted.REGROUP  # exit code of a worker whose state is in memory: start it again at once, here
 MOST_FAILED_STARTS = 3
 
 _HUNG_LEAST_S = 120.0
