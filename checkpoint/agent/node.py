@@ -289,7 +289,9 @@ class Node:
 
     def _give_url_back(self) -> None:
         """Without trainers and with nothing to write, another job may have the URL; rank 0 claims it again."""
-        if self.claim is None or not self._claimed or self.by_rank or self.is_busy or self.is_dismissed:
+        # An index that is still being written belongs to a snapshot that is complete: another job does not wait for it.
+        busy = self.writing.pending() > self.writing.indexing or self.images.sealing()
+        if self.claim is None or not self._claimed or self.by_rank or busy or self.is_dismissed:
             return
         self._claimed, self.former_claim, self.claim = False, self.claim, None
         self.former_claim.release(timeout_s=0)

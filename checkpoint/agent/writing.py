@@ -102,7 +102,7 @@ class Writing:
         self._refused: dict[str, str] = {}
         self._swept: set[str] = set()
         self._index_keeper: IndexKeeper | None = None
-        self._indexing = 0
+        self.indexing = 0
 
     def configure(self, policy: Policy, durable_url: str | None, ranks: Iterable[int]) -> None:
         """What the latest trainer asks for; it holds for jobs that begin from now on."""
@@ -234,11 +234,11 @@ class Writing:
 
         name = f"merging the records of step {step} into {catalog_name(step)}"
         job = Job(name=name, run=work, done=lambda error: self._loop.post(lambda: self._indexed(error)))
-        self._indexing += 1
+        self.indexing += 1
         self._writers[DURABLE].submit(job)
 
     def _indexed(self, error: ResilientError | None) -> None:
-        self._indexing -= 1
+        self.indexing -= 1
         if error is not None:
             log.warning("whoever needs the index makes it from the records, since it was not written: %s", error)
         self._settle()
@@ -301,7 +301,7 @@ class Writing:
         """Writes of a rank (of all ranks) that have not ended; for rank 0 indexes too, for all ranks also deletions."""
         if rank is None:
             return len(self._writes) + sum(writer.pending for writer in self._writers.values())
-        return sum(write.record.rank == rank for write in self._writes) + (self._indexing if rank == 0 else 0)
+        return sum(write.record.rank == rank for write in self._writes) + (self.indexing if rank == 0 else 0)
 
     def pending_by_level(self) -> Counter[str]:
         return Counter(write.level for write in self._writes)
