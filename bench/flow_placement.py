@@ -80,7 +80,7 @@ def _measured(fabric: "Fabric", step: "Step", pieces: "list[Piece]") -> dict[str
     from resilient.comms.simulate import simulate
 
     certificate = certify(fabric, step, pieces)
-    crossing = sum(fabric.crosses(flow.source, flow.target) for flow in step)
+    crossing = sum(fabric.crosses(flow) for flow in step)
     return {
         "time": simulate(fabric, step, pieces).seconds,
         "load": certificate.load_s,

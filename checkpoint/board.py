@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from resilient.checkpoint.world import World
+from resilient.checkpoint.world import World, job_store
 from resilient.errors import AgentLost
 
 _log = logging.getLogger("resilient")
@@ -38,7 +38,7 @@ class Board:
         if len(set(world.nodes)) <= 1:
             return Board()
         run = world.gather(run_id)[0]
-        store = dist.PrefixStore(f"resilient/{run}/{_generation()}", dist.distributed_c10d._get_default_store())
+        store = job_store(f"{run}/{_generation()}")
         leader = world.rank == min(world.node_ranks)
         nodes = list(dict.fromkeys(world.nodes))
         return NodeBoard(store, nodes=len(nodes), number=nodes.index(world.node)) if leader else Board()

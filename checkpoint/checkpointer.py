@@ -128,10 +128,12 @@ class Checkpointer:
             raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
         self._report()
         self._events.saved(step)
-        stop = self._stopping.enter(step if durable or self._policy.levels_due(step) else None)
-        if stop is not None and stop.step is not None:
-            self._end(stop, None)
-        due = self._levels_due(step, PREEMPT if durable else stop.kind if stop is not None else None)
+        due = self._levels_due(step, PREEMPT if durable else None)
+        stop = self._stopping.enter(step if due else None)
+        if stop is not None:
+            if stop.step is not None:
+                self._end(stop, None)
+            due = self._levels_due(step, PREEMPT if durable else stop.kind)
         handle = SaveHandle(step, due)
         if not due:
             return handle

@@ -6,13 +6,12 @@ anew can be told again (`Peering.introduce`). Which nodes protect one another is
 
 import logging
 import secrets
-import socket
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from resilient.checkpoint.agent.client import AgentClient
+from resilient.checkpoint.peers.route import address_towards
 from resilient.checkpoint.world import World
 from resilient.ec.domains import Document, Domains, Host, decide_domains, host_of
 from resilient.ec.groups import Grouping, decide_groups
@@ -22,7 +21,6 @@ from resilient.policy import Policy
 _log = logging.getLogger("resilient")
 _TOKEN = "RESILIENT_TOKEN"
 _LOOPBACK = "127.0.0.1"
-_PROBE_PORT = 9  # nothing is sent there: a datagram socket that is connected only chooses a route
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +99,7 @@ def _own_address(environment: Mapping[str, str]) -> str:
     """The address that this node reaches the job's master from; loopback where there is no master but this node."""
     master = environment.get("MASTER_ADDR", _LOOPBACK)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(master, _PROBE_PORT, type=socket.SOCK_DGRAM)[0]
-        with closing(socket.socket(family, kind)) as probe:
-            probe.connect(address)
-            return str(probe.getsockname()[0])
+        return address_towards(master)
     except OSError as error:
         raise LevelFailed(
             f"no address of this node is known that others can reach ({master!r}: {error}); set peer_address"

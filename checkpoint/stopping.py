@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from resilient.checkpoint.world import World
+from resilient.checkpoint.world import World, job_store
 
 _log = logging.getLogger("resilient")
 _POLL_S = 0.2
@@ -85,7 +85,7 @@ def store_of(world: World, run_id: str) -> dist.Store:
     """What the ranks share: the job's store; for a single rank one of its own. `run_id` as all ranks know it."""
     if world.world_size == 1:
         return dist.HashStore()
-    return dist.PrefixStore(f"resilient/{run_id}/stop", dist.distributed_c10d._get_default_store())
+    return job_store(f"{run_id}/stop")
 
 
 class Stopping:

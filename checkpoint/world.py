@@ -7,7 +7,6 @@ background.
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from resilient import errors
+from resilient.checkpoint.agent.address import node_name
 from resilient.errors import ResilientError, RestoreError, UsageError
 
 T = TypeVar("T")
@@ -100,9 +100,9 @@ def _error_named(name: str, otherwise: type[ResilientError]) -> type[Exception]:
     return kind if isinstance(kind, type) and issubclass(kind, ResilientError) else otherwise
 
 
-def node_name() -> str:
-    """This machine's name: RESILIENT_NODE, or the host name."""
-    return os.environ.get("RESILIENT_NODE") or socket.gethostname()
+def job_store(name: str) -> dist.Store:
+    """What all ranks of the job share, keys of our own below `name`. Several ranks only."""
+    return dist.PrefixStore(f"resilient/{name}", dist.distributed_c10d._get_default_store())
 
 
 def join_world() -> World:

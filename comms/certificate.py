@@ -52,9 +52,9 @@ def certify(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece]) -> C
     bytes_on: Counter[Link] = Counter()
     for piece in pieces:
         flow = flows[piece.flow]
-        if (piece.path is not None) != fabric.crosses(flow.source, flow.target):
+        if (piece.path is not None) != fabric.crosses(flow):
             raise UsageError(f"flow {piece.flow}, {flow.source} to {flow.target}: its path is {piece.path}")
-        for link in fabric.links(flow.source, flow.target, piece.path):
+        for link in fabric.links(flow, piece.path):
             bytes_on[link] += piece.end - piece.begin
     failed = next((link for link, count in bytes_on.items() if count and not fabric.rate(link)), None)
     if failed is not None:
@@ -94,8 +94,8 @@ def bound(fabric: Fabric, flows: Sequence[Flow]) -> tuple[float, str]:
     for flow in flows:
         rank["out", flow.source] += flow.nbytes
         rank["in", flow.target] += flow.nbytes
-        if fabric.crosses(flow.source, flow.target):
-            one, other = fabric.leaf_of[flow.source], fabric.leaf_of[flow.target]
+        if fabric.crosses(flow):
+            one, other = fabric.ends(flow)
             leaf["up", one] += flow.nbytes
             leaf["down", other] += flow.nbytes
             pair[one, other] += flow.nbytes

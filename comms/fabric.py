@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from resilient.comms.flows import Flow
 from resilient.errors import UsageError
 
 Link = tuple[str, int, int]  # ("up", leaf, path), ("down", leaf, path), ("out", rank, 0), ("in", rank, 0)
@@ -51,17 +52,23 @@ class Fabric:
             return (self.up if kind == "up" else self.down)[at][path]
         return float("inf") if self.nic is None else self.nic
 
-    def links(self, source: int, target: int, path: int | None) -> Iterator[Link]:
-        """The links that a flow between two ranks crosses. `path` is None for ranks of one leaf."""
-        yield ("out", source, 0)
-        yield ("in", target, 0)
+    def links(self, flow: Flow, path: int | None) -> Iterator[Link]:
+        """The links that a flow crosses. `path` is None for ranks of one leaf."""
+        yield ("out", flow.source, 0)
+        yield ("in", flow.target, 0)
         if path is not None:
-            yield ("up", self.leaf_of[source], path)
-            yield ("down", self.leaf_of[target], path)
+            one, other = self.ends(flow)
+            yield ("up", one, path)
+            yield ("down", other, path)
 
-    def crosses(self, source: int, target: int) -> bool:
+    def ends(self, flow: Flow) -> tuple[int, int]:
+        """The leaf that a flow comes from, and the one that it goes to."""
+        return self.leaf_of[flow.source], self.leaf_of[flow.target]
+
+    def crosses(self, flow: Flow) -> bool:
         """Whether a flow leaves its leaf, and so has a path."""
-        return self.leaf_of[source] != self.leaf_of[target]
+        one, other = self.ends(flow)
+        return one != other
 
     def shares(self) -> tuple[float, ...] | None:
         """Each path's share of the whole rate, where it is the same at all leaves and both ways; else None."""

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 from resilient.comms.certificate import Certificate, Piece, bound, certify
 from resilient.comms.colouring import colour
@@ -42,25 +43,20 @@ class Plan:
 def plan_step(fabric: Fabric, flows: Sequence[Flow], *, least_bytes: int = 0, item: int = 1) -> Plan:
     """Cut and place the flows of one step. Pieces begin at multiples of `item` bytes.
 
-    `least_bytes`: no flow below it is cut. Raises UsageError where no path is left.
+    `least_bytes`: where all flows are below it none is cut. Raises UsageError where no path is left.
     """
     bound_s, limit = bound(fabric, flows)
-    crossing = [number for number, flow in enumerate(flows) if fabric.crosses(flow.source, flow.target) and flow.nbytes]
+    crossing = [number for number, flow in enumerate(flows) if fabric.crosses(flow) and flow.nbytes]
     sizes = [flows[number].nbytes for number in crossing]
     placed, reason = _place(fabric, flows, crossing, bound_s, whole=bool(sizes) and max(sizes) < least_bytes)
-    inside = set(range(len(flows))) - set(crossing)
-    pieces = [
-        Piece(number, None if not _crosses(fabric, flows[number]) else 0, 0, flows[number].nbytes) for number in inside
-    ]
-    for number in crossing:
-        pieces += _pieces(number, flows[number].nbytes, placed[number], item)
-    pieces.sort(key=lambda piece: (piece.flow, piece.begin))
+    pieces: list[Piece] = []
+    for number, flow in enumerate(flows):
+        if number in placed:
+            pieces += _pieces(number, flow.nbytes, placed[number], item)
+        else:  # within a leaf, or of no bytes
+            pieces.append(Piece(number, 0 if fabric.crosses(flow) else None, 0, flow.nbytes))
     certificate = certify(fabric, flows, pieces)
     return Plan(pieces=tuple(pieces), reason=f"{reason}; limited by {limit}", certificate=certificate)
-
-
-def _crosses(fabric: Fabric, flow: Flow) -> bool:
-    return fabric.crosses(flow.source, flow.target)
 
 
 def _place(
@@ -83,26 +79,21 @@ def _place(
     if max(sizes) - min(sizes) > _EQUAL * max(sizes):
         return _by_pairs(fabric, flows, crossing, shares, whole=whole), "flows of different sizes"
     rates = [Fraction(rate) for rate in fabric.up[0]]
-    room_of: Callable[[int], list[Fraction]] = (
-        (lambda count: _whole_rooms(count, rates))
-        if whole
-        else (lambda count: _rooms(count, rates, Fraction(bound_s) / max(sizes)))
-    )
-    return _by_colours(fabric, flows, crossing, room_of), "equal flows" + (" below least_bytes" if whole else "")
+    if whole:
+        return _by_colours(fabric, flows, crossing, partial(_whole_rooms, rates)), "equal flows below least_bytes"
+    return _by_colours(fabric, flows, crossing, partial(_rooms, rates, Fraction(bound_s) / max(sizes))), "equal flows"
 
 
-def _rooms(count: int, rates: Sequence[Fraction], unit_s: Fraction) -> list[Fraction]:
-    """How many units each path may carry: what it can within the bound, but all together no less than there are.
+def _rooms(rates: Sequence[Fraction], unit_s: Fraction, count: int) -> list[Fraction]:
+    """How many of `count` units each path may carry: what it can within the bound, together no less than there are.
 
     `unit_s`: the bound, in units over the rate of 1. Where an interface sets the bound there is more room than needed.
     """
-    total = sum(rates)
-    exact = [count * rate / total for rate in rates]
-    roomy = [unit_s * rate for rate in rates]
-    return [max(*pair) for pair in zip(exact, roomy, strict=True)]
+    unit_of = max(count / sum(rates, Fraction()), unit_s)
+    return [unit_of * rate for rate in rates]
 
 
-def _whole_rooms(count: int, rates: Sequence[Fraction]) -> list[Fraction]:
+def _whole_rooms(rates: Sequence[Fraction], count: int) -> list[Fraction]:
     """Whole units only: one after the other to the path that is done with it first."""
     rooms = [0] * len(rates)
     usable = [path for path, rate in enumerate(rates) if rate]
@@ -115,8 +106,7 @@ def _by_colours(
     fabric: Fabric, flows: Sequence[Flow], crossing: Sequence[int], rooms: Callable[[int], list[Fraction]]
 ) -> dict[int, list[Part]]:
     """No two flows of a colour share a leaf, so a colour may be laid into the paths as if it were one flow."""
-    edges = [(fabric.leaf_of[flows[n].source], fabric.leaf_of[flows[n].target]) for n in crossing]
-    colours, count = colour(edges, fabric.leaves, fabric.leaves)
+    colours, count = colour([fabric.ends(flows[number]) for number in crossing], fabric.leaves, fabric.leaves)
     parts = pack(count, rooms(count))
     return {number: parts[at] for number, at in zip(crossing, colours, strict=True)}
 
@@ -125,11 +115,11 @@ def _by_pairs(
     fabric: Fabric, flows: Sequence[Flow], crossing: Sequence[int], shares: Sequence[float], *, whole: bool
 ) -> dict[int, list[Part]]:
     """What goes from one leaf to another is spread over the paths by their shares: both see the load of spraying."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number in crossing:
-        groups[fabric.leaf_of[flows[number].source], fabric.leaf_of[flows[number].target]].append(number)
     if whole:
         return repair(fabric, flows, {number: [] for number in crossing}, 0.0, whole=True).parts
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number in crossing:
+        groups[fabric.ends(flows[number])].append(number)
     placed: dict[int, list[Part]] = {}
     for turn, numbers in enumerate(groups.values()):
         total = sum(flows[number].nbytes for number in numbers)

@@ -37,8 +37,8 @@ def repair(
     """The parts of the same flows. A flow without parts is laid from nothing. `whole`: no flow is cut."""
     shares = {number: {path: float(end - begin) for path, begin, end in parts} for number, parts in placed.items()}
     links = _Links(fabric, flows, shares)
-    lost = {number: 1.0 - sum(own.values()) for number, own in shares.items() if not own}
-    links.lay(lost | links.take(links.overfull(bound_s), bound_s, whole=whole), whole=whole)
+    unlaid = {number: 1.0 for number, own in shares.items() if not own}
+    links.lay(unlaid | links.take(links.overfull(bound_s), bound_s, whole=whole), whole=whole)
     best, best_s = shares, links.fullest_s()
     tries = iter(_LEVELS)
     while (between := next(tries, None)) is not None and best_s > bound_s * (1 + _SLACK):
@@ -151,8 +151,8 @@ class _Links:
         return sorted(found, key=lambda number: (-room[number], -len(elsewhere[number]), number))
 
     def _ends(self, number: int) -> tuple[tuple[str, int], tuple[str, int]]:
-        flow, leaf_of = self._flows[number], self._fabric.leaf_of
-        return ("up", leaf_of[flow.source]), ("down", leaf_of[flow.target])
+        one, other = self._fabric.ends(self._flows[number])
+        return ("up", one), ("down", other)
 
     def _rate(self, way: str, leaf: int, path: int) -> float:
         return (self._fabric.up if way == "up" else self._fabric.down)[leaf][path]

@@ -46,7 +46,7 @@ def ethereal(fabric: Fabric, flows: Sequence[Flow], seed: int = 0) -> list[Piece
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     pieces = []
     for number, flow in enumerate(flows):
-        if fabric.crosses(flow.source, flow.target):
+        if fabric.crosses(flow):
             groups[flow.source, fabric.leaf_of[flow.target]].append(number)
         else:
             pieces.append(Piece(number, None, 0, flow.nbytes))
@@ -65,7 +65,8 @@ def ethereal(fabric: Fabric, flows: Sequence[Flow], seed: int = 0) -> list[Piece
 
 
 def _usable(fabric: Fabric, flow: Flow) -> list[int]:
-    if not fabric.crosses(flow.source, flow.target):
+    if not fabric.crosses(flow):
         return []
-    up, down = fabric.up[fabric.leaf_of[flow.source]], fabric.down[fabric.leaf_of[flow.target]]
+    one, other = fabric.ends(flow)
+    up, down = fabric.up[one], fabric.down[other]
     return [path for path in range(fabric.paths) if up[path] and down[path]]

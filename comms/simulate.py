@@ -80,8 +80,7 @@ def _table(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece]) -> tu
     rates = [np.inf]
     links = np.zeros((len(pieces), _LINKS), dtype=np.int64)
     for row, piece in enumerate(pieces):
-        flow = flows[piece.flow]
-        for column, link in enumerate(fabric.links(flow.source, flow.target, piece.path)):
+        for column, link in enumerate(fabric.links(flows[piece.flow], piece.path)):
             if link not in numbers:
                 numbers[link] = len(rates)
                 rates.append(fabric.rate(link))

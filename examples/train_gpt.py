@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.distributed import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder, installed or not
 
@@ -32,6 +29,7 @@ import resilient
 from examples.corpus import Sampler, load_tokens
 from examples.gpt import GPT, SIZES, next_token_loss
 from examples.steplog import Step, StepLog, digest_of_optimizer, digest_of_tensors, losses, write_whole
+from resilient.launch.joining import join_group
 
 LOSS_PATIENCE_S = 30.0
 RENDEZVOUS_TIMEOUT_S = 60.0  # a group that cannot form fails and is restarted, rather than waiting half an hour
@@ -140,21 +138,6 @@ def make_deterministic(device: torch.device) -> None:
     torch.set_num_threads(1)  # the number of threads decides the order of sums
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def join_group(place: Place) -> None:
-    """Collective; does nothing outside torchrun. NCCL needs a GPU for each rank, gloo takes what there is."""
-    if not dist.is_torchelastic_launched():
-        return
-    own_gpu = place.device.type == "cuda" and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    timeout = timedelta(seconds=RENDEZVOUS_TIMEOUT_S)
-    # torchrun keeps one store over all lives of a job, with the addresses of the dead still in it; a restarted rank
-    # that read one would be refused. Each life has keys of its own.
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    dist.init_process_group(
-        "nccl" if own_gpu else "gloo",
-        store=PrefixStore(f"life_{place.life}", store), rank=rank, world_size=world_size, timeout=timeout,
-    )  # fmt: skip
 
 
 def distributed(model: GPT, place: Place) -> nn.Module:
@@ -268,7 +251,7 @@ def main() -> None:
     arguments = parse()
     place = find_place()
     make_deterministic(place.device)
-    join_group(place)
+    join_group(timeout_s=RENDEZVOUS_TIMEOUT_S)
     result_file: Path | None = arguments.result
     log = StepLog(result_file and result_file.with_name(result_file.name + ".steps"), rank=place.rank)
     result = train(arguments, place, log)

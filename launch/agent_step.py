@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
-from resilient.checkpoint.agent.address import SUN_PATH_BYTES, Address, check_private
+from resilient.checkpoint.agent.address import SUN_PATH_BYTES, Address, make_private
 from resilient.checkpoint.agent.connection import dial
 from resilient.checkpoint.agent.protocol import Message, ProtocolError, encode, error_reply, text
 from resilient.checkpoint.agent.step import peer_uid, receive
@@ -138,8 +138,7 @@ class AgentStep:
             raise UsageError(
                 f"{self.path} is too long for a socket ({SUN_PATH_BYTES} bytes at most); name a shorter one"
             )
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(self.path.parent)
+        make_private(self.path.parent)
         if (other := dial(self.path)) is not None:
             other.close()
             raise UsageError(f"another agent step listens at {self.path}; use that one, or name another --socket")

@@ -17,8 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from resilient.checkpoint.digest import block_count, block_range, digest
-from resilient.checkpoint.dtypes import torch_dtype
-from resilient.checkpoint.formats.fetch import fetch
+from resilient.checkpoint.formats.fetched import fetched
 from resilient.checkpoint.formats.folder import Folder
 from resilient.checkpoint.formats.native import recognise
 from resilient.checkpoint.formats.registry import open_source
@@ -111,10 +110,7 @@ def _names(source: Source) -> list[str]:
 
 
 def _read(source: Source, name: str) -> Tensor:
-    tensor = source.catalog.tensors[source.catalog.aliases.get(name, name)]
-    made = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype))
-    fetch(source, tensor, memoryview(made.view(-1).view(torch.uint8).numpy().data))
-    return made
+    return fetched(source, source.catalog.tensors[source.catalog.aliases.get(name, name)])
 
 
 def _write(store: Store, step: int, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:

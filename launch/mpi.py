@@ -26,8 +26,8 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
+from resilient.checkpoint.peers.route import address_towards
 from resilient.errors import UsageError
-from resilient.launch.route import address_towards
 from resilient.policy import PREFIX
 
 __all__ = ["Place", "Report", "check_size", "decide_places", "init_process_group", "join", "shared_variables"]
@@ -195,7 +195,7 @@ def _world() -> Any:
 def _reports(comm: Any) -> list[Report]:
     from mpi4py import MPI
 
-    from resilient.checkpoint.world import node_name
+    from resilient.checkpoint.agent.address import node_name
 
     near = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.Get_rank())
     lowest = array("i", [comm.Get_rank()])

@@ -58,7 +58,7 @@ def address_of(
     Raises UsageError when the path is too long for a Unix socket.
     """
     environment = os.environ if environment is None else environment
-    node = node or environment.get("RESILIENT_NODE") or socket.gethostname()
+    node = node or node_name(environment)
     key = sha256("\0".join((run_id, url or "", node)).encode()).hexdigest()[:16]
     address = Address(folder=runtime_folder(environment) / key)
     if len(os.fsencode(address.socket)) > SUN_PATH_BYTES:
@@ -67,6 +67,11 @@ def address_of(
             "set RESILIENT_RUNTIME_DIR to a folder with a shorter path, on this node"
         )
     return address
+
+
+def node_name(environment: Mapping[str, str] | None = None) -> str:
+    """This machine's name: RESILIENT_NODE, or the host name."""
+    return (os.environ if environment is None else environment).get("RESILIENT_NODE") or socket.gethostname()
 
 
 def runtime_folder(environment: Mapping[str, str]) -> Path:
@@ -83,6 +88,12 @@ def make_folder(address: Address) -> None:
             folder.mkdir(mode=0o700)
         except FileExistsError:
             check_private(folder)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it, private to this user. Safe to repeat. Raises UsageError as `check_private`."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(folder)
 
 
 def check_private(folder: Path) -> None:

@@ -28,6 +28,7 @@ from resilient.checkpoint.formats.deepspeed_engine import (
 )
 from resilient.checkpoint.formats.deepspeed_zero import MASTER, Fragment
 from resilient.checkpoint.formats.fetch import fetch
+from resilient.checkpoint.formats.fetched import fetched
 from resilient.checkpoint.formats.registry import open_source
 from resilient.checkpoint.formats.source import Reference, Source
 from resilient.checkpoint.world import join_world
@@ -224,12 +225,7 @@ class _Reader:
         into.copy_(flat)
 
     def _all_of(self, tensor: Tensor) -> torch.Tensor:
-        data = bytearray(tensor.nbytes)
-        fetch(self._source, tensor, memoryview(data))
-        dtype = torch_dtype(tensor.dtype)
-        return (
-            torch.frombuffer(data, dtype=dtype).view(tensor.shape) if data else torch.empty(tensor.shape, dtype=dtype)
-        )
+        return fetched(self._source, tensor)
 
     def _full(self, name: str) -> str:
         return self._first(f"{self._item}.{name}")

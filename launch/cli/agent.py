@@ -4,7 +4,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,13 +55,12 @@ def agent(path: Path | None, until_done: bool, grace_s: float, detach: bool, fin
 
 def _place() -> Path:
     """The socket where none is named: where trainers look for it, else one for this node."""
-    from resilient.checkpoint.agent.address import runtime_folder
+    from resilient.checkpoint.agent.address import node_name, runtime_folder
     from resilient.checkpoint.agent.step import VARIABLE
 
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE])
-    node = os.environ.get("RESILIENT_NODE") or socket.gethostname()
-    return runtime_folder(os.environ) / "step" / f"{node}.sock"
+    return runtime_folder(os.environ) / "step" / f"{node_name()}.sock"
 
 
 def _heed_signals(step: "AgentStep") -> None:
@@ -96,9 +94,11 @@ def _finish(path: Path) -> int:
 
 def _detach(path: Path, *, until_done: bool, grace_s: float) -> int:
     """Start another process of this command, and pass on what it says when it serves."""
+    from resilient.checkpoint.agent.address import make_private
+
     command = [sys.executable, "-m", "resilient.launch.cli", "agent", "--socket", str(path), "--grace", str(grace_s)]
     log_path = path.with_suffix(".log")
-    _make_private(path.parent)
+    make_private(path.parent)
     with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as log:
         process = subprocess.Popen(
             [*command, *(["--until-done"] if until_done else [])],
@@ -115,10 +115,3 @@ def _detach(path: Path, *, until_done: bool, grace_s: float) -> int:
     tell(line)
     process.returncode = 0  # it is left behind on purpose
     return Exit.OK
-
-
-def _make_private(folder: Path) -> None:
-    from resilient.checkpoint.agent.address import check_private
-
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_private(folder)

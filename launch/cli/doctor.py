@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from resilient.checkpoint.agent.address import node_name
 from resilient.errors import UsageError
 from resilient.launch.cli import options
 from resilient.launch.cli.output import Exit, remark, tell, tell_json
@@ -30,21 +31,13 @@ _MARKS = {"ok": "  ok", "warn": "WARN", "fail": "FAIL"}
     help="How long one check may take.",
 )  # fmt: skip
 @options.as_json
-def doctor(
-    url: str | None,
-    policy_file: str | None,
-    peers: str | None,
-    image_bytes: str | None,
-    ranks_per_node: int | None,
-    patience_s: float,
-    as_json: bool,
-) -> int:
+def doctor(as_json: bool, **asked: Any) -> int:
     """Check this machine before a job starts, and say what to change: limits, paths, rights, clocks, addresses.
 
     Run by torchrun, srun or mpirun it examines all nodes of the job, and whether all pairs reach one another. Nothing
     is changed; probe files are removed. Exit code 1: something would not work.
     """
-    question = _question(url, policy_file, peers, image_bytes, ranks_per_node, patience_s)
+    question = _question(**asked)
     from resilient.launch.doctor.examine import examine
     from resilient.launch.doctor.job import launcher_of
 
@@ -52,7 +45,7 @@ def doctor(
     if launcher is not None:
         return _in_job(launcher, question, as_json=as_json)
     examination = examine(question)
-    code = _report({_node(): examination.findings}, as_json=as_json)
+    code = _report({node_name(): examination.findings}, as_json=as_json)
     _leave(code, bool(examination.overdue))
     return code
 
@@ -96,9 +89,9 @@ def _in_job(launcher: Any, question: "Question", *, as_json: bool) -> int:
         together = meeting.open()
         if not meeting.leads:
             return Exit.OK
-        together = together or meeting.pairs(question, _node())
+        together = together or meeting.pairs(question, node_name())
         found = examine(question)
-        everything = meeting.collect(_node(), found.findings + together)
+        everything = meeting.collect(node_name(), found.findings + together)
     except RuntimeError as error:  # torch's, of the store: rank 0 serves it, and may have ended
         told = str(error).partition("Exception raised from")[0].strip()  # what follows are frames of C++
         remark(f"resilient doctor: the job's store is out of reach ({told}); set MASTER_ADDR to rank 0's address")
@@ -107,12 +100,6 @@ def _in_job(launcher: Any, question: "Question", *, as_json: bool) -> int:
         code = _report(everything, as_json=as_json) if everything else Exit.OK
     _leave(code, bool(found.overdue))
     return code
-
-
-def _node() -> str:
-    import socket
-
-    return os.environ.get("RESILIENT_NODE") or socket.gethostname()
 
 
 def _report(nodes: "Mapping[str, list[Finding]]", *, as_json: bool) -> Exit:

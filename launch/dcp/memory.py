@@ -94,7 +94,7 @@ class MemorySource(NativeSource):
             check_lives(memory.url, step, {rank: member.life for rank, member in index.members.items()})
             reference = Reference(url=memory.url, format="native", step=step)
             super().__init__(reference, Folder(memory.url), native_catalog(index), memory, index)
-        except BaseException:
+        except BaseException:  # the memory was handed over, and nobody else closes it
             memory.close()
             raise
 

@@ -7,7 +7,6 @@ this job's agent on every node has all images of the step (`memory.py`); else fr
 import io
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +37,7 @@ from resilient.checkpoint.world import World, join_world
 from resilient.errors import UsageError
 from resilient.launch.dcp.memory import MemorySource, agent_memory
 from resilient.launch.dcp.state import ITEM
-from resilient.launch.dcp.steps import step_of
+from resilient.launch.dcp.steps import names_a_step, step_of
 from resilient.policy import Policy
 
 __all__ = ["ResilientReader"]
@@ -121,9 +120,7 @@ class ResilientReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        with suppress(UsageError):
-            return step_of(checkpoint_id) >= 0
-        return False
+        return names_a_step(checkpoint_id)
 
     # ---- inside
 

@@ -2,10 +2,18 @@
 
 import os
 import re
+from contextlib import suppress
 
 from resilient.errors import UsageError
 
 _NUMBER = re.compile(r"(\d+)$")
+
+
+def names_a_step(checkpoint_id: object) -> bool:
+    """Whether `step_of` would tell its step."""
+    with suppress(UsageError):
+        return step_of(checkpoint_id) >= 0
+    return False
 
 
 def step_of(checkpoint_id: object) -> int:

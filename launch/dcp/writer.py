@@ -24,7 +24,7 @@ from resilient.checkpoint.checkpointer import Checkpointer
 from resilient.checkpoint.handle import LEVELS, SaveHandle
 from resilient.errors import LevelFailed, Preempted, UsageError
 from resilient.launch.dcp.state import ITEM, StateDict, content_of
-from resilient.launch.dcp.steps import step_of
+from resilient.launch.dcp.steps import names_a_step, step_of
 from resilient.policy import Policy
 
 __all__ = ["ResilientWriter"]
@@ -142,10 +142,7 @@ class ResilientWriter(StorageWriter, AsyncStager):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        try:
-            return step_of(checkpoint_id) >= 0
-        except UsageError:
-            return False
+        return names_a_step(checkpoint_id)
 
     # ---- inside
 

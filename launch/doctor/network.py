@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from resilient.checkpoint.peers.route import address_towards
 from resilient.launch.doctor.finding import Finding, fail, ok, warn
 from resilient.launch.doctor.question import Question
-from resilient.launch.route import address_towards
 
 _SSH = 22
 _CONNECT_S = 5.0

@@ -15,8 +15,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from resilient.checkpoint.agent.address import drop_lock, take_lock
-from resilient.checkpoint.world import node_name
+from resilient.checkpoint.agent.address import drop_lock, node_name, take_lock
 from resilient.launch.run.identity import claimed
 from resilient.launch.run.launcher import Launcher
 from resilient.launch.run.notice import Notice

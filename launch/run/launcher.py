@@ -29,8 +29,8 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from resilient.checkpoint.agent.address import node_name
 from resilient.checkpoint.events import VARIABLE as EVENTS
-from resilient.checkpoint.world import node_name
 from resilient.errors import LevelFailed
 from resilient.launch.run.decide import PREEMPTED, REGROUP, Budget, Decision, Facts, decide, is_hung, start_patience_s
 from resilient.launch.run.life import History, Life, trouble

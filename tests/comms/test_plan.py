@@ -39,7 +39,7 @@ def placed_at_random(seed: int, count: int = RANKS) -> list[int]:
 
 def crossing(fabric: Fabric, plan: Plan, flows: tuple[Flow, ...]) -> tuple[int, int]:
     """How many flows leave their leaf, and their pieces."""
-    numbers = {n for n, flow in enumerate(flows) if fabric.crosses(flow.source, flow.target)}
+    numbers = {n for n, flow in enumerate(flows) if fabric.crosses(flow)}
     return len(numbers), sum(piece.flow in numbers for piece in plan.pieces)
 
 
@@ -137,7 +137,7 @@ def _equal_pieces(fabric: Fabric, flows: tuple[Flow, ...]) -> float:
     pieces = []
     for number, flow in enumerate(flows):
         at = bounds(flow.nbytes, fabric.paths)
-        if fabric.crosses(flow.source, flow.target):
+        if fabric.crosses(flow):
             pieces += [Piece(number, path, at[path], at[path + 1]) for path in range(fabric.paths)]
         else:
             pieces.append(Piece(number, None, 0, flow.nbytes))

@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from resilient.launch.cli import main
 from tests.launch import snapshots
@@ -41,6 +42,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setenv("RESILIENT_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
         run(snapshots.save, snapshots.RANKS, str(folder / "durable"), str(folder / "local"))
     return folder / "durable", folder / "local"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So small a model is no work for several, which wait for one another where cores are few."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,9 @@ from resilient.launch.huggingface import ResilientCallback
 from resilient.policy import Policy
 
 pytestmark = [
-    pytest.mark.usefixtures("runtime_dir"),
+    pytest.mark.usefixtures("runtime_dir", "one_thread"),
     pytest.mark.filterwarnings("ignore"),  # what the frameworks warn of is theirs
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is no work for several, which wait for one another where cores are few."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Broken(Exception):

@@ -1,7 +1,6 @@
 """The callback and the CheckpointIO for Lightning, with a real Trainer. What kills processes is elsewhere."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,10 @@ from resilient.launch.lightning import ResilientCallback, ResilientCheckpointIO
 from resilient.policy import Policy
 
 pytestmark = [
-    pytest.mark.usefixtures("runtime_dir"),
+    pytest.mark.usefixtures("runtime_dir", "one_thread"),
     pytest.mark.filterwarnings("ignore"),  # what the frameworks warn of is theirs
 ]
 LOADERS: dict[str, Any] = {"plain": DataLoader, "stateful": StatefulDataLoader}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model is no work for several, which wait for one another where cores are few."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Broken(Exception):

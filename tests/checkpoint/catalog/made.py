@@ -1,7 +1,7 @@
 """Tensors that are cut in any way, their bytes in memory, and a source over them that counts what is read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import Any
@@ -117,3 +117,15 @@ def stored(draw: st.DrawFn, array: Array, pool: Pool) -> list[StoredPiece]:
 
 def tensor_of(shape: tuple[int, ...], pieces: Sequence[StoredPiece]) -> Tensor:
     return Tensor(name="model.x", kind="parameter", dtype="uint32", shape=shape, pieces=PieceTable.of(pieces))
+
+
+def at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of one place in a JSON document."""
+
+    def change(raw: dict[str, Any]) -> None:
+        place: Any = raw
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change

@@ -13,7 +13,7 @@ from resilient.checkpoint.catalog.catalog import Catalog, File, Tensor, parse_ca
 from resilient.checkpoint.catalog.table import PieceTable, StoredPiece
 from resilient.checkpoint.pieces import Piece
 from resilient.errors import DamagedImage, NewerFormat
-from tests.checkpoint.catalog.made import Pool, shapes, steady, stored, values
+from tests.checkpoint.catalog.made import Pool, at, shapes, steady, stored, values
 
 
 def example() -> Catalog:
@@ -110,16 +110,6 @@ def piece(**changes: Any) -> Callable[[dict[str, Any]], None]:
     def change(raw: dict[str, Any]) -> None:
         for key, value in changes.items():
             raw["tensors"][1]["pieces"][0][0][0][columns[key]] = value
-
-    return change
-
-
-def at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(raw: dict[str, Any]) -> None:
-        place: Any = raw
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
 
     return change
 

@@ -18,7 +18,7 @@ from resilient.checkpoint.digest import BLOCK_BYTES, digest
 from resilient.checkpoint.names import image_name
 from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage, NewerFormat
-from tests.checkpoint.catalog.made import steady
+from tests.checkpoint.catalog.made import at, steady
 from tests.checkpoint.catalog.test_native import piece
 
 SIZE = 6
@@ -137,16 +137,6 @@ def signed(raw: dict[str, Any]) -> str:
     """As somebody would write it who makes its digest fit."""
     rest = json.dumps(raw, separators=(",", ":"))[1:] + "\n"
     return f'{{"digest":"{digest(rest.encode())}",\n{rest}'
-
-
-def at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(raw: dict[str, Any]) -> None:
-        place: Any = raw
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = value
-
-    return change
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
