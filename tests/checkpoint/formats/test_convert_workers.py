@@ -98,6 +98,7 @@ from tests.checkpoint.formats.made import made_source, open_made
 
 def make(folder, rows):
     tensors = {f"model.w{n}": torch.randn(rows, 4096) * 1e38 for n in range(2)}
+    tensors["model.w0"][0, 0] = 3.4e38  # beyond bfloat16, whatever was drawn
     tensors["model.same"] = torch.zeros(rows, 4096, dtype=torch.bfloat16)
     made_source(Path(folder), tensors, cuts=2)
 
