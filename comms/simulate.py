@@ -30,8 +30,12 @@ class Simulated:
     flows: tuple[float, ...]
 
 
-def simulate(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece]) -> Simulated:
-    """Run one step: all pieces start at once. Time: the number of different ends times the links."""
+def simulate(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece], *, tolerance: float = _SAME) -> Simulated:
+    """Run one step: all pieces start at once. Time: the number of different ends times the links.
+
+    `tolerance`: pieces that would end within this part of the time gone by are taken to free their links together,
+    and links whose fair shares differ by less to be full together. 0.005 makes thousands of hosts a matter of seconds.
+    """
     left = np.array([piece.end - piece.begin for piece in pieces], dtype=np.float64)
     links, rates = _table(fabric, flows, pieces)
     ends = np.zeros(len(pieces))
@@ -39,21 +43,25 @@ def simulate(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece]) -> 
     now = 0.0
     while active.any():
         numbers = np.flatnonzero(active)
-        speed = fair_rates(links[numbers], rates)
+        speed = fair_rates(links[numbers], rates, tolerance)
         after = left[numbers] / speed
         step = after.min()
+        together = after <= step + tolerance * (now + step)
+        done = numbers[together]
+        ends[done] = now + after[together]
         now += step
-        done = numbers[after <= step * (1 + _SAME)]
         left[numbers] -= np.where(np.isinf(speed), 0.0, speed) * step
-        ends[done] = now
         active[done] = False
     arrived = np.zeros(len(flows))
     np.maximum.at(arrived, [piece.flow for piece in pieces], ends)
-    return Simulated(float(now), tuple(arrived.tolist()))
+    return Simulated(float(arrived.max(initial=0.0)), tuple(arrived.tolist()))
 
 
-def fair_rates(links: Integers, rates: Floats) -> Floats:
-    """The max-min fair rate of each piece. `links`: [pieces, 4], numbers into `rates` ([links], bytes a second)."""
+def fair_rates(links: Integers, rates: Floats, tolerance: float = _SAME) -> Floats:
+    """The max-min fair rate of each piece. `links`: [pieces, 4], numbers into `rates` ([links], bytes a second).
+
+    Links are full together whose shares differ by no more than `tolerance` of the least; their pieces get the least.
+    """
     found = np.zeros(len(links))
     room = rates.copy()
     open_pieces = np.arange(len(links))
@@ -66,7 +74,7 @@ def fair_rates(links: Integers, rates: Floats) -> Floats:
         if np.isinf(least):  # nothing holds these: within a leaf, where interfaces are no limit
             found[open_pieces] = least
             break
-        full = share <= least * (1 + _SAME)
+        full = share <= least * (1 + tolerance)
         held = full[crossing].any(axis=1)
         found[open_pieces[held]] = least
         room -= least * np.bincount(crossing[held].ravel(), minlength=len(rates))

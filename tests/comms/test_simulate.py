@@ -38,6 +38,14 @@ def test_a_piece_that_ends_leaves_its_rate_to_the_others() -> None:
     assert found.flows == pytest.approx((200.0, 400.0))
 
 
+def test_a_tolerance_moves_no_end_by_more_than_a_few_of_it() -> None:
+    flows = ring_all_reduce(placed_at_random(3), RANKS * BYTES)[0]
+    pieces = ecmp(PAPER, flows, 3, 8)
+    exact, rough = (simulate(PAPER, flows, pieces, tolerance=tolerance) for tolerance in (1e-9, 0.005))
+    assert rough.flows != exact.flows
+    assert rough.flows == pytest.approx(exact.flows, rel=4 * 0.005)
+
+
 def test_a_plan_takes_the_time_that_its_certificate_says() -> None:
     for flows in (ring_all_reduce(placed_at_random(1), RANKS * BYTES)[0], halving_doubling_all_reduce(RANKS, BYTES)[5]):
         plan = plan_step(PAPER, flows)
