@@ -7,7 +7,7 @@ background.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,6 +92,18 @@ class World:
         """Send a uint8 host tensor from one rank to all others, in place; all ranks call it."""
         if self.group is not None:
             dist.broadcast(data, src=source, group=self.group)
+
+    def exchange(self, parts: Sequence[bytes]) -> list[bytes]:
+        """Give each rank its part, and get what each has for this one; all ranks call it. Empty parts cost little."""
+        if self.group is None:
+            return list(parts)
+        sent = torch.tensor([len(part) for part in parts])
+        coming = torch.empty_like(sent)
+        dist.all_to_all_single(coming, sent, group=self.group)
+        room = torch.empty(int(coming.sum()), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)[: int(sent.sum())]
+        dist.all_to_all_single(room, data, coming.tolist(), sent.tolist(), group=self.group)
+        return [part.numpy().tobytes() for part in room.split(coming.tolist())]
 
 
 def _error_named(name: str, otherwise: type[ResilientError]) -> type[Exception]:

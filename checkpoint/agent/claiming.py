@@ -22,7 +22,7 @@ class ClaimKeeper:
         open_store: Callable[[], Store],
         run_id: str,
         on_taken: Callable[[ResilientError | None], None],
-        on_lost: Callable[[ResilientError], None],
+        on_lost: Callable[["ClaimKeeper", ResilientError], None],
     ) -> None:
         """The callbacks are called on the claiming thread: `on_taken` once, `on_lost` if another job takes the URL."""
         self._open_store = open_store
@@ -57,7 +57,7 @@ class ClaimKeeper:
             except LevelFailed as error:
                 log.warning("the claim could not be renewed, it is tried again: %s", error)
             except ResilientError as error:
-                self._on_lost(error)
+                self._on_lost(self, error)
                 return
         try:
             claim.release()

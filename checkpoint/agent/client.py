@@ -186,8 +186,11 @@ class AgentClient:
         """The leader's answer to a `node` event: every node has it."""
         self._connection.send("complete", level=level, step=step, life=life)
 
-    def failed(self, level: str, step: int, rank: int, reason: str) -> None:
-        """A step cannot become complete at a level; for memory also before any slot was begun for it."""
+    def failed(self, level: str, step: int, rank: int | None, reason: str) -> None:
+        """A step cannot become complete at a level; for memory also before any slot was begun for it.
+
+        `rank`: whose fault it is; None where it is no single rank's.
+        """
         self._connection.send("failed", level=level, step=step, rank=rank, reason=reason)
 
     def make_durable(self, step: int) -> None:

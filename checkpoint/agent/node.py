@@ -283,7 +283,7 @@ class Node:
             lambda: self._stores.get(url, retries),
             self.run_id,
             on_taken=lambda error: self._loop.post(lambda: self._on_claim(error)),
-            on_lost=lambda error: self._loop.post(lambda: self._on_claim_lost(error)),
+            on_lost=lambda keeper, error: self._loop.post(lambda: self._on_claim_lost(keeper, error)),
         )
         self.claim.start()
 
@@ -296,8 +296,10 @@ class Node:
         self._claimed, self.former_claim, self.claim = False, self.claim, None
         self.former_claim.release(timeout_s=0)
 
-    def _on_claim_lost(self, error: ResilientError) -> None:
+    def _on_claim_lost(self, keeper: ClaimKeeper, error: ResilientError) -> None:
         """Another job has the URL: write nothing more to it, until rank 0 comes back and gets it again."""
+        if keeper is not self.claim:
+            return  # it was being given back, and what it found in its place may be ours
         log.error("the claim is lost: %s", error)
         self._claimed, self.claim = False, None
         self.writing.refuse(DURABLE, str(error))
@@ -353,7 +355,8 @@ class Node:
         return NOTHING
 
     def _failed(self, session: Session, message: Message) -> Answer:
-        level, step, rank = _level(message), whole(message, "step"), whole(message, "rank")
+        level, step = _level(message), whole(message, "step")
+        rank = None if message.get("rank") is None else whole(message, "rank")  # of no single rank, say: of a group
         self.announce(self.snapshots.fail_step(level, step, rank, text(message, "reason")))
         return NOTHING
 

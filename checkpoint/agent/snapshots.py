@@ -194,8 +194,11 @@ class Snapshots:
                 snapshot.failures.append(told[-1].event)
         return told
 
-    def fail_step(self, level: str, step: int, rank: int, reason: str) -> list[Tell]:
-        """A trainer says that a step has failed at a level, perhaps before any image of it was begun here."""
+    def fail_step(self, level: str, step: int, rank: int | None, reason: str) -> list[Tell]:
+        """A trainer says that a step has failed at a level, perhaps before any image of it was begun here.
+
+        `rank`: whose fault it is; None where it is no single rank's.
+        """
         for snapshot in reversed(self.all()):
             current = snapshot.step == step and not snapshot.superseded and not snapshot.adopted
             if current and level in snapshot.progress:
@@ -203,7 +206,7 @@ class Snapshots:
         if level != MEMORY:
             return [_failed(level, step, rank, reason)]
         snapshot = self._new(step, self.world_size, self.node_ranks)
-        if rank in self.node_ranks:
+        if rank is not None and rank in self.node_ranks:
             snapshot.sessions[rank] = 0
         return self.fail(snapshot.key, level, rank, reason)
 

@@ -1,15 +1,16 @@
 """Images of other nodes: their owners send them through the job's own group, once, to all who need them.
 
 For a replicated model every node needs every piece, so one broadcast per image moves no byte twice over a link that
-the ranks' group would not use anyway. One window at a time: received, compared with the digests of the image (law 5),
-sent again if a rank did not get what was sent, and only then written. On the training thread; collective.
+the ranks' group would not use anyway; of a sharded one only the blocks that anybody needs are sent. One window at a
+time: received, compared with the digests of the image (law 5), sent again if a rank did not get what was sent, and only
+then written. On the training thread; collective.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from resilient.checkpoint.digest import BLOCK_BYTES, damaged_blocks
+from resilient.checkpoint.digest import BLOCK_BYTES, block_count, damaged_blocks
 from resilient.checkpoint.restore.scatter import Range, Scatter
 from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
@@ -27,25 +28,58 @@ def receive_remote(world: World, ranges: Sequence[Range], own: InMemory | None) 
     """
     if world.group is None or len(set(world.nodes)) == 1:
         return 0
-    sent = [0, []] if own is None else [own.record.image_bytes, list(own.record.blocks)]
-    needs = world.gather([sorted({span.image_rank for span in ranges}), *sent])
+    wanted: dict[int, set[int]] = {}
+    for needs in world.gather({str(source): runs_of(blocks) for source, blocks in _blocks_by_image(ranges).items()}):
+        for source, runs in needs.items():
+            wanted.setdefault(int(source), set()).update(
+                number for first, stop in runs for number in range(first, stop)
+            )
+    mine = sorted(wanted.get(world.rank, ()))
+    assert own is not None or not mine, "a rank that others need holds its image"
+    told = world.gather([own.record.image_bytes, [own.record.blocks[number] for number in mine]] if own else [0, []])
     loaded = 0
-    for source in sorted({rank for wanted, _, _ in needs for rank in wanted}):
-        mine = [span for span in ranges if span.image_rank == source]
-        _, size, blocks = needs[source]
-        loaded += _receive_image(world, source, size, blocks, mine, own)
+    for source in sorted(wanted):
+        size, digests = told[source]
+        blocks = dict(zip(sorted(wanted[source]), digests, strict=True))
+        spans = [span for span in ranges if span.image_rank == source]
+        loaded += _receive_image(world, source, size, blocks, spans, own)
     return loaded
 
 
+def runs_of(blocks: Collection[int]) -> list[list[int]]:
+    """Numbers as runs [first, stop) of those that follow one another, ascending."""
+    runs: list[list[int]] = []
+    for number in sorted(blocks):
+        if runs and runs[-1][1] == number:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, number + 1])
+    return runs
+
+
+def _blocks_by_image(ranges: Sequence[Range]) -> dict[int, set[int]]:
+    """Which blocks of which image hold these ranges."""
+    found: dict[int, set[int]] = {}
+    for span in ranges:
+        if span.nbytes:
+            numbers = range(span.offset // BLOCK_BYTES, -(-(span.offset + span.nbytes) // BLOCK_BYTES))
+            found.setdefault(span.image_rank, set()).update(numbers)
+    return found
+
+
 def _receive_image(
-    world: World, source: int, size: int, blocks: Sequence[str], ranges: Sequence[Range], own: InMemory | None
+    world: World, source: int, size: int, digests: Mapping[int, str], ranges: Sequence[Range], own: InMemory | None
 ) -> int:
+    """The blocks of an image that have a digest here, which are those that any rank wants."""
     window = torch.empty(min(_WINDOW_BYTES, size), dtype=torch.uint8)
+    blocks = [digests.get(number, "") for number in range(block_count(size))]
     scatter = Scatter(ranges)
-    for begin in range(0, size, _WINDOW_BYTES):
-        part = window[: min(_WINDOW_BYTES, size - begin)]
-        _receive_window(world, source, begin, part, blocks, own)
-        scatter.take(begin, part.numpy().data)
+    for first, stop in runs_of(digests):
+        end = min(stop * BLOCK_BYTES, size)
+        for begin in range(first * BLOCK_BYTES, end, _WINDOW_BYTES):
+            part = window[: min(_WINDOW_BYTES, end - begin)]
+            _receive_window(world, source, begin, part, blocks, own)
+            scatter.take(begin, part.numpy().data)
     return scatter.nbytes
 
 

@@ -50,14 +50,14 @@ class Image:
             head = source.span(0, header_bytes)
         self._entries, self.data_start = parse_header(head, record.image_bytes, where)
         self.objects = self._read_objects()
-        self._raw_pieces = record.pieces()
+        self.raw_pieces = record.pieces()  # not to be changed
 
     def pieces(self) -> list[Stored]:
-        return stored_pieces(self._raw_pieces, self.record.rank, self.data_start)
+        return stored_pieces(self.raw_pieces, self.record.rank, self.data_start)
 
     def groups(self) -> dict[str, list[list[str]]]:
         """For each optimizer, the names of the parameters in each of its groups."""
-        return {raw["optimizer"]: raw["groups"] for raw in self._raw_pieces if "optimizer" in raw}
+        return {raw["optimizer"]: raw["groups"] for raw in self.raw_pieces if "optimizer" in raw}
 
     def _read_objects(self) -> Any:
         stored = {key: entry for key, entry in self._entries.items() if key.split("/")[0] == OBJECTS_KEY}

@@ -24,13 +24,13 @@ from resilient.checkpoint.levels.image_io import read_image_range, read_record
 from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import complete_steps, records_by_step
-from resilient.checkpoint.record import parse_record
 from resilient.checkpoint.restore.blocks import LOST, why
 from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, Place, decide
 from resilient.checkpoint.restore.exchange import receive_remote
-from resilient.checkpoint.restore.images import Image, stored_pieces
-from resilient.checkpoint.restore.load import Catalog, CutOtherwise, Proposal, is_cut_otherwise, propose
+from resilient.checkpoint.restore.images import Image
+from resilient.checkpoint.restore.load import Proposal, is_cut_otherwise
 from resilient.checkpoint.restore.reshape import Reshaper
+from resilient.checkpoint.restore.same_shape import agreed_proposal
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
 from resilient.checkpoint.world import World
@@ -45,8 +45,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """What a restore did. `levels[r]` is where the image came from of rank r of the job that made the snapshot;
-    `seconds` from the call to the end. `read_bytes`: what this rank read of images, and `read_records` of how many the
-    record; None where each rank read its own image, whole.
+    `seconds` from the call to the end. `read_bytes`: what this rank read of images; None where each rank read its own,
+    whole. `read_records`: of how many images it has read the record, or been told of pieces.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Restored:
     bytes: int
     notes: tuple[str, ...] = ()
     read_bytes: int | None = None
-    read_records: int | None = None
+    read_records: int = 0
 
 
 class _CutOtherwise(Exception):
@@ -98,6 +98,7 @@ class Restorer:
         self._peers = peers
         self._steps = steps
         self._mixed = False  # whether blocks of an image that turned out to be damaged are in the state
+        self._records = 0  # of how many images this rank knows the record, or some pieces
         self._slot = 0  # where this rank's opened image lies in the agent's memory
         self._adopted = 0  # the same, if it was read into there from another level or node
 
@@ -158,6 +159,7 @@ class Restorer:
             seconds=time.perf_counter() - began,
             bytes=sum(span.nbytes for span in proposal.flat),
             notes=tuple(notes),
+            read_records=self._records,
         )
         return restored, frozenset()
 
@@ -334,9 +336,7 @@ class Restorer:
 
     def _fill(self, decision: Decision, image: Image) -> tuple[Proposal, Damaged]:
         """Fill what this rank's own image has; then agree. Returns what is wanted, and what turned out damaged."""
-        alone = self._world.world_size == 1
-        described = [] if alone else self._world.gather([image.record.text(), image.data_start])
-        proposal = self._world.together(lambda: self._propose(image, described))
+        proposal, self._records = agreed_proposal(self._world, image, self._state, self._found)
         rows = self._world.gather([sorted({span.image_rank for span in proposal.flat}), proposal.cut_otherwise])
         if any(cut for _, cut in rows):
             raise _CutOtherwise
@@ -362,18 +362,6 @@ class Restorer:
         _, problem = self._attempt(decision, work)
         outcomes = self._world.gather(problem)
         return frozenset((decision.step, rank, decision.levels[rank]) for rank, text in enumerate(outcomes) if text)
-
-    def _propose(self, image: Image, described: Sequence[tuple[str, int]]) -> Proposal:
-        """`described`: the text of each rank's record, and where the data of its image begins."""
-        pieces = image.pieces()
-        for rank, (text, begins) in enumerate(described):
-            if rank != self._world.rank:
-                record = parse_record(text, f"the record of rank {rank}")
-                pieces += stored_pieces(record.pieces(), rank, begins)
-        try:
-            return propose(self._state, self._found, Catalog(pieces, self._world.rank), image.objects)
-        except CutOtherwise:
-            return Proposal(cut_otherwise=True)
 
     def _hold(self, image: Image, shared: bool) -> None:
         """Have the whole image in memory, verified; in the agent's, where other ranks of this node read it too."""

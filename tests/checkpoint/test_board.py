@@ -17,12 +17,12 @@ class Heard:
 
     def __init__(self) -> None:
         self.completed: list[tuple[str, int, str | None]] = []
-        self.failures: list[tuple[str, int, int, str]] = []
+        self.failures: list[tuple[str, int, int | None, str]] = []
 
     def complete(self, level: str, step: int, life: str | None = None) -> None:
         self.completed.append((level, step, life))
 
-    def failed(self, level: str, step: int, rank: int, reason: str) -> None:
+    def failed(self, level: str, step: int, rank: int | None, reason: str) -> None:
         self.failures.append((level, step, rank, reason))
 
 

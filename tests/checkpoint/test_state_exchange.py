@@ -10,7 +10,7 @@ from torch import Tensor
 from resilient.checkpoint.digest import block_count, block_range, digest
 from resilient.checkpoint.image import header
 from resilient.checkpoint.record import Record
-from resilient.checkpoint.restore.exchange import receive_remote
+from resilient.checkpoint.restore.exchange import receive_remote, runs_of
 from resilient.checkpoint.restore.scatter import Range
 from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
@@ -49,8 +49,10 @@ class Wire(World):
     begins: list[int] = field(default_factory=lambda: [0])
 
     def gather(self, value: Any) -> list[Any]:
-        if len(value) == 3 and isinstance(value[2], list):
-            return [value, [[], self.theirs.numel(), list(blocks_of(memoryview(self.theirs.numpy().data)))]]
+        if isinstance(value, dict):  # which blocks are wanted
+            return [value, {}]
+        if len(value) == 2 and isinstance(value[1], list):  # how large an image is, and the digests of its blocks
+            return [value, [self.theirs.numel(), list(blocks_of(memoryview(self.theirs.numpy().data)))]]
         if not value:
             self.begins.append(self.begins[-1] + self.sent[-1])
         return [value, []]
@@ -98,6 +100,11 @@ def test_ranges_get_their_bytes_though_some_windows_arrive_damaged(damaged: set[
 def test_what_arrives_damaged_again_and_again_is_an_error_that_names_the_rank() -> None:
     with pytest.raises(DamagedImage, match=r"blocks \[4\] of the image of rank 1 arrived damaged at rank 0, 3 times"):
         receive_remote(wire({0, 1, 2}), ranges(), own())
+
+
+def test_blocks_that_follow_one_another_are_one_run() -> None:
+    assert runs_of([]) == []
+    assert runs_of({7, 0, 1, 2, 9, 6}) == [[0, 3], [6, 8], [9, 10]]
 
 
 def test_a_job_on_one_node_exchanges_nothing() -> None:

@@ -98,6 +98,27 @@ def fsdp() -> Job:
     return sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
+def fsdp_with_momentum() -> Job:
+    """All that it holds is sharded, unlike the counters of AdamW."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return sharded(mesh, lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9))
+
+
+def small_ddp() -> Job:
+    """So small that one rank saves all that is replicated."""
+    model = DistributedDataParallel(Network(8))
+    return trained(model, adamw(model.parameters()))
+
+
+def small_and_no_longer_shared() -> Job:
+    """The same, but rank 0 says that it shares with nobody, and rank 1 says nothing of it."""
+    group: Any = dist.new_group([0])
+    model: nn.Module = Network(8)
+    if dist.get_rank() == 0:
+        model = DistributedDataParallel(model, process_group=group)
+    return trained(model, adamw(model.parameters()))
+
+
 def hsdp() -> Job:
     return sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
@@ -171,6 +192,30 @@ def made(make: Callable[[], Job], seed: int) -> Job:
     job = make()
     torch.manual_seed(seed * 100 + dist.get_rank())
     return job
+
+
+def save_for(make: Callable[[], Job], url: str, facts_in: str) -> None:
+    """Save two steps on the disk, and note what there was."""
+    job = made(make, 1)
+    with checkpointing(Path(url), job) as checkpointer:
+        train(job, 2)
+        checkpointer.save(2).durable("durable").result(40)
+        torch.save(facts(job.state), f"{facts_in}/{dist.get_rank()}")
+
+
+def restore_from(make: Callable[[], Job], url: str, facts_in: str) -> int:
+    """Restore what `save_for` has saved; of how many images each rank knew the pieces."""
+    job = made(make, 2)
+    with checkpointing(Path(url), job) as checkpointer:
+        assert checkpointer.restore() == 2
+        assert checkpointer.last_restore is not None
+        assert checkpointer.last_restore.read_bytes is None, "as a job of the same shape"
+        saved = torch.load(f"{facts_in}/{dist.get_rank()}", weights_only=False)
+        for one in (saved, now := facts(job.state)):  # with or without DDP around it
+            one["model"] = {name.removeprefix("module."): value for name, value in one["model"].items()}
+        assert_same(saved["model"], now["model"])
+        dist.barrier()
+        return checkpointer.last_restore.read_records
 
 
 def save_and_restore(make: Callable[[], Job], url: str) -> None:

@@ -47,6 +47,25 @@ def test_a_job_of_several_ranks_comes_back_bit_for_bit_from_memory_and_from_disk
         assert max(sizes) < 1.03 * min(sizes)
 
 
+@pytest.mark.parametrize(
+    ("make", "records"),
+    [(jobs.fsdp_with_momentum, [1, 1, 1]), (jobs.fsdp, [1, 2, 2]), (jobs.own, [1, 1]), (jobs.hsdp, [2, 3, 2, 3])],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_rank_knows_no_image_but_its_own_and_those_that_have_what_it_shares(
+    make: Callable[[], Job], records: list[int], tmp_path: Path
+) -> None:
+    """Of a sharded model that is none; rank 0 has the counters of AdamW; of hybrid sharding each box has a replica."""
+    run(jobs.save_for, len(records), make, str(tmp_path / "run"), str(tmp_path))
+    assert run(jobs.restore_from, len(records), make, str(tmp_path / "run"), str(tmp_path)) == records
+
+
+def test_what_a_rank_thought_nobody_wants_it_tells_when_another_lacks_it(tmp_path: Path) -> None:
+    run(jobs.save_for, 2, jobs.small_ddp, str(tmp_path / "run"), str(tmp_path))
+    found = run(jobs.restore_from, 2, jobs.small_and_no_longer_shared, str(tmp_path / "run"), str(tmp_path))
+    assert found == [1, 2]
+
+
 def test_two_nodes_come_back_from_their_memories_after_a_trainer_was_killed(tmp_path: Path) -> None:
     scratch("facts").mkdir()
     arguments = (jobs.ddp, str(tmp_path), str(scratch("facts")))

@@ -143,6 +143,16 @@ def test_with_other_nodes_the_leader_is_asked_and_its_word_reaches_all_ranks(ser
     assert other.wait_for("failed", 2, "memory")["rank"] == 0
 
 
+def test_a_failure_that_is_no_single_ranks_reaches_all_and_costs_the_leader_nothing(served: Served) -> None:
+    served.start()
+    leader, other = Trainer(2, 4, (2, 3)), Trainer(3, 4, (2, 3))
+    leader.client.failed("memory", 2, None, "a trainer that took part in it has ended")
+    for each in (leader, other):
+        assert each.wait_for("failed", 2, "memory")["rank"] is None
+    assert leader.client.status()["fds"] > 0
+    assert leader.lost == []
+
+
 def test_when_the_leader_is_gone_the_next_one_is_asked(served: Served) -> None:
     served.start()
     leader, other = Trainer(0, 3, (0, 1)), Trainer(1, 3, (0, 1))

@@ -156,7 +156,9 @@ def test_a_claim_that_another_job_took_stops_the_writes_until_rank_0_has_it_agai
     agent = served.start(url=DURABLE_URL)
     trainer = Trainer(url=DURABLE_URL)
     trainer.plan(SMALL)
-    agent._loop.post(lambda: agent._node._on_claim_lost(UrlInUse("run 'other' took it over")))
+    keeper = agent._node.claim
+    assert keeper is not None
+    agent._loop.post(lambda: agent._node._on_claim_lost(keeper, UrlInUse("run 'other' took it over")))
     trainer.client.status()
     trainer.save(1, levels=["durable"], size=SMALL)
     assert "run 'other' took it over" in trainer.wait_for("failed", 1, "durable")["error"]
@@ -165,6 +167,22 @@ def test_a_claim_that_another_job_took_stops_the_writes_until_rank_0_has_it_agai
     again.plan(SMALL)
     again.save(2, levels=["durable"], size=SMALL)
     again.wait_for("complete", 2, "durable")
+
+
+def test_a_claim_that_was_given_back_cannot_be_lost_for_the_one_that_followed(served: Served) -> None:
+    """A beat that is under way while the url is given back may find the agent's own next claim there."""
+    served.stores[DURABLE_URL] = MemoryStore(DURABLE_URL)
+    agent = served.start(url=DURABLE_URL)
+    first = Trainer(url=DURABLE_URL)
+    former = agent._node.claim
+    assert former is not None
+    first.vanish()
+    again = Trainer(url=DURABLE_URL)
+    assert agent._node.claim is not former
+    agent._loop.post(lambda: agent._node._on_claim_lost(former, UrlInUse("this run took it over")))
+    again.plan(SMALL)
+    again.save(1, levels=["durable"], size=SMALL)
+    again.wait_for("complete", 1, "durable")
 
 
 def test_a_scratch_slot_that_no_plan_holds_is_given_back_when_it_is_released(served: Served) -> None:
