@@ -6,7 +6,10 @@
     │   ├── LevelFailed (OSError)     a level could not take or give an image
     │   └── AgentLost                 the node's agent is gone; another is being started
     ├── ReconfigureError              a peer is gone: rebuild the group
-    │   └── RankFailed                another rank could not keep its part of a snapshot
+    │   ├── RankFailed                another rank could not keep its part of a snapshot
+    │   └── CollectiveFailed          a collective could not be completed; the same on all ranks of the group
+    │       ├── PeerGone              a rank is dead, or cannot be reached over any path
+    │       └── CollectiveTimeout (TimeoutError)  a rank has not come to the collective in time
     ├── RestoreError                  stored bytes cannot be used as they are
     │   ├── DamagedImage              bytes differ from the digest that was taken when they were sealed
     │   ├── NotACheckpoint            there is something else at that place
@@ -16,6 +19,7 @@
         ├── PolicyError (ValueError)  a policy that contradicts itself, or an unknown key
         ├── StateError (TypeError)    a part of the state that cannot be saved
         ├── TornCapture               a tensor changed while it was being copied
+        ├── CollectiveMismatch        ranks called different collectives, or the same with other sizes or types
         ├── UrlInUse                  another job is writing to this URL
         └── OverBudget (MemoryError)  an image does not fit the memory budget
 
@@ -26,12 +30,16 @@ A message says what happened, where (rank, step, tensor, path), and what to do.
 
 __all__ = [
     "AgentLost",
+    "CollectiveFailed",
+    "CollectiveMismatch",
+    "CollectiveTimeout",
     "DamagedImage",
     "LayoutMismatch",
     "LevelFailed",
     "NewerFormat",
     "NotACheckpoint",
     "OverBudget",
+    "PeerGone",
     "PolicyError",
     "Preempted",
     "RankFailed",
@@ -75,6 +83,23 @@ class RankFailed(ReconfigureError):
     """Another rank could not keep its part of a snapshot, so the snapshot cannot become complete."""
 
 
+class CollectiveFailed(ReconfigureError):
+    """A collective could not be completed. `rank` and `host` say where the cause is, as far as that is known."""
+
+    def __init__(self, message: str, *, rank: int | None = None, host: str | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.host = host
+
+
+class PeerGone(CollectiveFailed):
+    """A rank is dead, or cannot be reached over any path."""
+
+
+class CollectiveTimeout(CollectiveFailed, TimeoutError):
+    """A rank is there, but has not come to the collective within the group's timeout."""
+
+
 class RestoreError(ResilientError):
     """Stored bytes cannot be used as they are."""
 
@@ -113,6 +138,10 @@ class TornCapture(UsageError):
     def __init__(self, message: str, tensors: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.tensors = tensors
+
+
+class CollectiveMismatch(UsageError):
+    """Ranks called different collectives, or the same one with other sizes or types. All of them get this error."""
 
 
 class UrlInUse(UsageError):

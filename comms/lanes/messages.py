@@ -1,0 +1,99 @@
+"""What is asked of lanes, and what comes back: sends, receives, the operation that they belong to, a transfer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+
+from resilient.errors import (
+    CollectiveFailed,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    PeerGone,
+    ReconfigureError,
+    UsageError,
+)
+
+Piece = tuple[int, int, int]  # path, begin, end
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """`number` counts a group's operations, from 1; `fingerprint`: what all ranks must agree on (kind, bytes, dtype).
+
+    `expected_s`: how long each path is busy with it by the plan, for the rates; what is not planned is not measured.
+    """
+
+    number: int
+    fingerprint: str
+    expected_s: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """All of `view` (contiguous bytes) to `target`. `pieces` cover it, in order, each on a path."""
+
+    target: int
+    tag: int
+    view: memoryview
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Fill `view` (contiguous, writable bytes) with what `source` sends under this tag of the same operation."""
+
+    source: int
+    tag: int
+    view: memoryview
+
+
+class Transfer:
+    """Done when all that was to be received is there, and all that was to be sent has arrived."""
+
+    def __init__(self) -> None:
+        self._future: Future[None] = Future()
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Raises what the transfer failed with (CollectiveFailed, CollectiveMismatch); TimeoutError after `timeout_s`,
+        which leaves it running."""
+        try:
+            self._future.result(timeout_s)
+        except FutureTimeout:
+            if self._future.done():
+                raise
+            raise TimeoutError(f"the transfer is not done after {timeout_s} s") from None
+
+    def add_done_callback(self, call: Callable[[], None]) -> None:
+        """Called once, from the thread of the lanes (at once where it is done): must not wait for anything."""
+        self._future.add_done_callback(lambda _: call())
+
+    def finish(self, error: Exception | None = None) -> None:
+        """By the engine. Again is nothing."""
+        if self._future.done():
+            return
+        if error is None:
+            self._future.set_result(None)
+        else:
+            self._future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a group has failed: the same on all ranks, as it travels. `rank`: whose fault it is, where that is known."""
+
+    kind: str
+    text: str
+    rank: int | None = None
+    host: str | None = None
+
+    def error(self) -> ReconfigureError | UsageError:
+        """A new exception each time, for each belongs to a thread's traceback."""
+        if self.kind == "mismatch":
+            return CollectiveMismatch(self.text)
+        kinds = {"gone": PeerGone, "late": CollectiveTimeout}
+        return kinds.get(self.kind, CollectiveFailed)(self.text, rank=self.rank, host=self.host)

@@ -1,0 +1,116 @@
+"""How quick paths have been, and what that makes of the fabric: pure.
+
+After an operation each sender knows how long each of its lanes was busy, and how long the plan meant it to be. The
+quotient, beside that of the quickest path, says how slow a path is, whatever the unit of the fabric's rates. Two bad
+ones in a row count (one may be a busy processor). A path that is nearly as quick as it should be is left as it was:
+other shares would only cut flows more often. Every rank gets everybody's reports, in any order.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from resilient.comms.fabric import Fabric
+
+NEAR = 0.7  # of the nominal rate: above it a path is as good as it should be
+LEAST = 0.02
+RETURNED = 0.25  # what a lane that was dead is taken for at first
+_LATELY = 8  # operations
+_SAME = 0.15
+
+
+class Rates:
+    """Of one rank on `leaf`; what others report is merged in. Not thread-safe: the lanes' thread owns it."""
+
+    def __init__(self, rank: int, fabric: Fabric) -> None:
+        self._rank = rank
+        self._nominal = fabric
+        self._best: deque[float] = deque(maxlen=_LATELY)
+        self._last: dict[tuple[int, int], float] = {}  # a single bad observation, by (leaf, path)
+        self._factors: dict[tuple[int, int, int], tuple[int, float]] = {}  # (rank, leaf, path) -> (sequence, factor)
+        self._sequence = 0
+
+    def observe(self, leaf: int, busy_s: Mapping[int, float], expected_s: Mapping[int, float]) -> dict[str, Any] | None:
+        """How long paths to a leaf were busy, and should have been by what is known of them. A report if that is news.
+
+        The quickest path of the operation is the measure of the others; of one alone, the quickest lately.
+        """
+        speeds = {
+            path: (self.factor(leaf, path) or RETURNED) * expected_s[path] / busy_s[path]
+            for path in busy_s
+            if expected_s.get(path)
+        }
+        if not speeds:
+            return None
+        self._best.append(max(speeds.values()))
+        best = max(speeds.values()) if len(speeds) > 1 else max(self._best)
+        found = {path: max(LEAST, speed / best) for path, speed in speeds.items()}
+        found = {path: 1.0 if factor > NEAR else factor for path, factor in found.items()}
+        news = {path: factor for path, factor in found.items() if self._settled((leaf, path), factor)}
+        return self.report(leaf, news) if news else None
+
+    def _settled(self, key: tuple[int, int], found: float) -> bool:
+        """Whether to believe it: what is near to what is known is no news; else the second one in a row counts."""
+        before = self.factor(*key)
+        if abs(found - before) <= _SAME * max(found, before):
+            self._last.pop(key, None)
+            return False
+        last = self._last.pop(key, None)
+        if last is not None and (last < before) == (found < before):
+            return True
+        self._last[key] = found
+        return False
+
+    def report(self, leaf: int, factors: Mapping[int, float]) -> dict[str, Any]:
+        """Note factors of paths to a leaf (0: dead) and make the report for the other ranks."""
+        self._sequence += 1
+        report = {
+            "rank": self._rank,
+            "sequence": self._sequence,
+            "leaf": leaf,
+            "factors": {str(path): factor for path, factor in factors.items()},
+        }
+        self.merge(report)
+        return report
+
+    def merge(self, report: Mapping[str, Any]) -> bool:
+        """Whether it said anything new. Raises KeyError, TypeError, ValueError for what is no report."""
+        rank, sequence, leaf = int(report["rank"]), int(report["sequence"]), int(report["leaf"])
+        news = False
+        for path, factor in report["factors"].items():
+            key = (rank, leaf, int(path))
+            if not 0 <= int(path) < self._nominal.paths or not 0 <= rank < len(self._nominal.leaf_of):
+                raise ValueError(f"there is no path {path} or no rank {rank}")
+            if key not in self._factors or self._factors[key][0] < sequence:
+                self._factors[key] = (sequence, float(factor))
+                news = True
+        return news
+
+    def factor(self, leaf: int, path: int) -> float:
+        """Of this rank's own path to a leaf: 1 as it should be, 0 dead."""
+        return self._factors.get((self._rank, leaf, path), (0, 1.0))[1]
+
+    def fabric(self) -> Fabric:
+        """The fabric as far as reports tell: a link is as quick as the best that anybody has seen over it."""
+        up = self._best_of({(self._nominal.leaf_of[rank], path): [] for rank, _, path in self._factors}, True)
+        down = self._best_of({(leaf, path): [] for _, leaf, path in self._factors}, False)
+        if not up:
+            return self._nominal
+        return replace(self._nominal, up=_scaled(self._nominal.up, up), down=_scaled(self._nominal.down, down))
+
+    def _best_of(self, seen: dict[tuple[int, int], list[float]], from_here: bool) -> dict[tuple[int, int], float]:
+        for (rank, leaf, path), (_, factor) in self._factors.items():
+            seen[(self._nominal.leaf_of[rank] if from_here else leaf), path].append(factor)
+        return {key: max(factors) for key, factors in seen.items()}
+
+
+def _scaled(
+    rows: tuple[tuple[float, ...], ...], factors: Mapping[tuple[int, int], float]
+) -> tuple[tuple[float, ...], ...]:
+    """A leaf all of whose paths seem dead keeps them, slow: it is better to try than to give up."""
+    scaled = []
+    for leaf, row in enumerate(rows):
+        new = tuple(rate * factors.get((leaf, path), 1.0) for path, rate in enumerate(row))
+        scaled.append(new if any(new) else tuple(rate * LEAST for rate in row))
+    return tuple(scaled)

@@ -1,0 +1,177 @@
+"""The lanes from one rank to one peer: opened when they are first needed, helped when late, replaced when dead.
+
+A lane is suspected when nothing of what it has sent has been acknowledged for SUSPECT_S, not even by the peer's kernel,
+while the peer is heard on another lane. Then its chunks go over the others, and it is opened again in the background.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from resilient.comms.lanes.connection import Connection
+from resilient.comms.lanes.schedule import Chunk, Queue, help_late, spread
+from resilient.comms.lanes.wire import Header, Kind, frame
+
+SUSPECT_S = 1.0
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 30.0
+_HEARD_S = 0.7  # a peer that was heard so recently is alive
+
+
+class State(Enum):
+    CLOSED = "closed"
+    OPENING = "opening"
+    OPEN = "open"
+    DEAD = "dead"
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One path to one peer. `retry_s`: how long after it died it is opened again."""
+
+    peer: int
+    path: int
+    state: State = State.CLOSED
+    connection: Connection | None = None
+    queue: Queue = field(default_factory=Queue)
+    moved_at: float = 0.0
+    outstanding: int = 0
+    retry_s: float = FIRST_RETRY_S
+    retry_at: float = 0.0
+    asked_at: float = 0.0
+    bytes: int = 0
+
+
+class Peer:
+    """All lanes to one peer. `open_lane` starts opening one, in the background; owned by the lanes' thread."""
+
+    def __init__(
+        self, rank: int, paths: int, open_lane: Callable[[int, int], None], arrived: Callable[[Lane, Chunk], None]
+    ) -> None:
+        self.rank = rank
+        self.lanes = [Lane(rank, path) for path in range(paths)]
+        self._open_lane = open_lane
+        self._arrived = arrived
+
+    @property
+    def busy(self) -> bool:
+        return any(not lane.queue.idle for lane in self.lanes)
+
+    def put(self, path: int, chunks: Sequence[Chunk], now: float, planned_s: float = 0.0) -> None:
+        """Queue chunks on the lane that they are planned for, or on others where it is dead."""
+        lane = self.lanes[path]
+        if lane.state is State.DEAD and (others := self._usable(lane)):
+            self._share(chunks, others, now)
+            return
+        self._queue(lane, chunks, now, planned_s)
+
+    def opened(self, path: int, connection: Connection, now: float) -> Lane:
+        lane = self.lanes[path]
+        lane.connection, lane.state, lane.moved_at, lane.retry_s = connection, State.OPEN, now, FIRST_RETRY_S
+        lane.queue.began = now
+        lane.outstanding = 0
+        return lane
+
+    def died(self, lane: Lane, now: float) -> None:
+        """Close a lane and give its chunks to others. Where there are none, they wait until it can be opened again."""
+        connection, lane.connection = lane.connection, None
+        if connection is not None:
+            connection.close()
+        lane.state = State.DEAD
+        lane.retry_at, lane.retry_s = now + lane.retry_s, min(2 * lane.retry_s, LAST_RETRY_S)
+        chunks, others = lane.queue.empty(), self._usable(lane)
+        if others:
+            self._share(chunks, others, now)
+        else:
+            lane.queue.put(chunks, now)
+
+    def feed(self, lane: Lane, now: float) -> None:
+        """Give the socket what it takes. Raises OSError when the connection is broken."""
+        connection = lane.connection
+        assert connection is not None
+        connection.flush()
+        while not connection.unsent:
+            chunk = lane.queue.next() or self._helped(lane, now)
+            if chunk is None:
+                return
+            if lane.outstanding == 0:
+                lane.moved_at = now
+            header = Header(Kind.DATA, chunk.tag, chunk.operation, chunk.offset, len(chunk.view))
+            connection.put(header.pack(), chunk.view)
+            connection.flush()
+
+    def acknowledged(self, lane: Lane, count: int, now: float) -> None:
+        """`count` chunks more have arrived."""
+        lane.moved_at = now
+        for _ in range(count):
+            chunk = lane.queue.arrived(now)
+            if chunk is not None:
+                lane.bytes += len(chunk.view)
+                self._arrived(lane, chunk)
+
+    def check(self, now: float) -> Iterable[Lane]:
+        """Called a few times a second: lanes that are dead by now. Lanes whose time has come are opened again."""
+        for lane in self.lanes:
+            if lane.state is State.DEAD and now >= lane.retry_at:
+                self._open(lane)
+            if lane.state is State.OPEN and lane.queue.flying and self._stuck(lane, now):
+                others = self._usable(lane)
+                self._ask(others, now)
+                if any(self._alive(other, now) for other in others):
+                    yield lane
+
+    def ping(self) -> None:
+        """Ask on all lanes that are open, and open one where none is."""
+        usable = [lane for lane in self.lanes if lane.state is State.OPEN]
+        for lane in usable:
+            assert lane.connection is not None
+            lane.connection.put(frame(Kind.PING))
+        if not usable and all(lane.state is State.CLOSED for lane in self.lanes):
+            self._open(self.lanes[0])
+
+    def _stuck(self, lane: Lane, now: float) -> bool:
+        assert lane.connection is not None
+        outstanding = lane.connection.unacknowledged()
+        if outstanding != lane.outstanding:
+            lane.outstanding, lane.moved_at = outstanding, now
+        return now - lane.moved_at > SUSPECT_S
+
+    def _ask(self, lanes: Sequence[Lane], now: float) -> None:
+        for lane in lanes:
+            if lane.state is State.CLOSED:
+                self._open(lane)
+            elif lane.connection is not None and not lane.connection.unsent and now - lane.asked_at > _HEARD_S / 2:
+                lane.asked_at = now
+                lane.connection.put(frame(Kind.PING))
+
+    def _alive(self, lane: Lane, now: float) -> bool:
+        return lane.connection is not None and now - lane.connection.heard_at < _HEARD_S
+
+    def _usable(self, but: Lane) -> list[Lane]:
+        return [lane for lane in self.lanes if lane is not but and lane.state is not State.DEAD]
+
+    def _share(self, chunks: Sequence[Chunk], others: Sequence[Lane], now: float) -> None:
+        """To lanes that are open, where there are any."""
+        targets = [lane for lane in others if lane.state is State.OPEN] or list(others)
+        for lane, share in zip(targets, spread(chunks, [lane.queue for lane in targets], now), strict=True):
+            if share:
+                self._queue(lane, share, now)
+
+    def _queue(self, lane: Lane, chunks: Sequence[Chunk], now: float, planned_s: float = 0.0) -> None:
+        lane.queue.put(chunks, now, planned_s)
+        if lane.state is State.CLOSED:
+            self._open(lane)
+
+    def _open(self, lane: Lane) -> None:
+        lane.state = State.OPENING
+        self._open_lane(self.rank, lane.path)
+
+    def _helped(self, lane: Lane, now: float) -> Chunk | None:
+        """Nothing is left for this lane: it takes from one that is late."""
+        if lane.queue.flying:
+            return None
+        late = help_late(lane.path, [other.queue for other in self.lanes], now)
+        if late is None:
+            return None
+        lane.queue.help(self.lanes[late].queue)
+        return lane.queue.next()
