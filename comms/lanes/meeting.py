@@ -13,9 +13,11 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from resilient.comms.lanes.messages import Failure
 from resilient.comms.lanes.wiring import Address, Way, Wiring
 from resilient.errors import UsageError
 
@@ -110,6 +112,21 @@ def meet(
 def _member(raw: bytes) -> Member:
     said = json.loads(raw)
     return Member(said["host"], said["leaf"], said["paths"], tuple((host, port) for host, port in said["addresses"]))
+
+
+def write_failure(store: Store, name: str, failure: Failure) -> None:
+    """Why the group has failed, for ranks that nobody is connected with. The first one stays."""
+    with suppress(Exception):  # whatever a store raises: it may be what has gone
+        if not store.check([f"{name}/failed"]):
+            store.set(f"{name}/failed", json.dumps(asdict(failure)))
+
+
+def read_failure(store: Store, name: str) -> Failure | None:
+    """What somebody has written down, if anybody has and the store is there."""
+    with suppress(Exception):  # as above
+        if store.check([f"{name}/failed"]):
+            return Failure(**json.loads(store.get(f"{name}/failed")))
+    return None
 
 
 def connect(meeting: Meeting, peer: int, path: int, way: Way, limit_s: float = HANDSHAKE_S) -> socket.socket:

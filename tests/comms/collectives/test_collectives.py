@@ -80,7 +80,8 @@ def test_reductions_equal_plain_ones_and_themselves_to_the_bit(size: int, dtype:
             at = tuple(schedule.parts(count * item, size, item))
             inputs = [values(r, count, dtype, count) for r in range(size)]
             own = slice(at[rank.rank] // item, at[rank.rank + 1] // item)
-            for reduction in [one for one in REDUCTIONS if fold.supported(one, dtype)]:
+            supported: list[Reduction] = [one for one in REDUCTIONS if fold.supported(one, dtype)]
+            for reduction in supported:
                 rows = torch.stack([one.double() if dtype.is_floating_point else one for one in inputs])
                 wanted = PLAIN[reduction](rows)
                 exact = 0.0 if reduction in ("min", "max") else tolerance
