@@ -4,7 +4,6 @@ Runs on the group's own worker thread. Any failure is told to all ranks, which t
 be repeated by one of them.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,12 +50,11 @@ class Job:
     fold: Fold | None = None
 
 
-def run(lanes: Lanes, job: Job, timeout_s: float) -> None:
-    """Blocks until this rank's part is done.
+def run(lanes: Lanes, job: Job) -> None:
+    """Blocks until this rank's part is done; each step for no longer than the lanes' timeout.
 
     Raises CollectiveFailed or CollectiveMismatch, on all ranks alike, as the lanes do.
     """
-    deadline = time.monotonic() + timeout_s
     buffers = {name: flat_bytes(tensor) for name, tensor in job.buffers.items()}
     buffers["spare"] = torch.empty(job.script.spare, dtype=torch.uint8)
     views = {name: _view(tensor) for name, tensor in buffers.items()}
@@ -64,7 +62,7 @@ def run(lanes: Lanes, job: Job, timeout_s: float) -> None:
         for tag, turn in enumerate(job.script.turns):
             transfer = _post(lanes, job, turn, tag, views)
             if transfer is not None:
-                transfer.wait(max(deadline - time.monotonic(), 0.001))
+                transfer.wait()
             _fold(job, turn, buffers)
     except Exception as error:
         lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before

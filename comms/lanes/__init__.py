@@ -6,7 +6,8 @@
     schedule     which chunk goes on which lane next: pure
     rates        how quick each path has been, and what that makes of the fabric: pure
     failing      whose fault it is, and that all ranks say the same: pure
-    engine       what frames mean, run by the thread of `loop`; `open_lanes` starts it
+    engine       what frames mean, run by the thread of `loop`; `opening` starts it
+    status       the same for who watches
 
 The sender alone decides the way of each byte: a chunk says which operation, tag and offset it belongs to, and goes
 straight into the receiver's buffer from whatever lane it comes. So ranks need not agree on a plan, a late lane's chunks

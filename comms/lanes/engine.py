@@ -17,16 +17,16 @@ from resilient.comms.fabric import Fabric
 from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.connections import Connections, On
 from resilient.comms.lanes.failing import Awaited, Verdict, blame, gone
-from resilient.comms.lanes.meeting import Meeting, Store, listen, meet, read_failure, write_failure
+from resilient.comms.lanes.meeting import Meeting, Store, read_failure, write_failure
 from resilient.comms.lanes.messages import Failure, Operation, Receive, Send, Transfer
 from resilient.comms.lanes.rates import RETURNED, Rates
 from resilient.comms.lanes.receiving import Receiver, TooLong
 from resilient.comms.lanes.schedule import Chunk, cut
 from resilient.comms.lanes.sending import Lane
+from resilient.comms.lanes.status import StatusFile
 from resilient.comms.lanes.wire import Header, Kind, frame, heard, said
 from resilient.comms.lanes.wiring import Wiring
 from resilient.comms.lanes.works import Work, Works
-from resilient.errors import UsageError
 
 _ASK_S = 1.0  # how often a peer that keeps us waiting is asked whether it is there
 _SILENT_S = 3.0  # a peer that has not answered for so long, at the end of the timeout, is gone
@@ -35,7 +35,7 @@ _REMEMBERED = 4096  # operations whose fingerprints are known
 
 
 class Lanes:
-    """One rank's lanes in a group; `open_lanes` makes it. Methods may be called from any thread."""
+    """One rank's lanes in a group; `opening.open_lanes` makes it. Methods may be called from any thread."""
 
     def __init__(
         self,
@@ -45,9 +45,10 @@ class Lanes:
         store: Store,
         listening: Sequence[socket.socket],
         timeout_s: float,
+        status: StatusFile,
     ) -> None:
         self.rank, self.size = meeting.rank, len(meeting.members)
-        self._meeting, self._store, self._timeout_s = meeting, store, timeout_s
+        self._meeting, self._store, self._timeout_s, self._status = meeting, store, timeout_s, status
         self._rates = Rates(self.rank, fabric)
         self._fabric = fabric
         self._receiver = Receiver()
@@ -101,6 +102,9 @@ class Lanes:
         failure = self._verdict.failure
         return {
             "rank": self.rank,
+            "ranks": self.size,
+            "host": self._meeting.members[self.rank].host,
+            "operations": self._works.last,
             "failure": None if failure is None else failure.text,
             "lanes": [
                 {
@@ -287,6 +291,8 @@ class Lanes:
         return sorted(self._receiver.sources() | self._connections.busy())
 
     def _tick(self, now: float) -> None:
+        if self._status.due(now):
+            self._status.write(self.report())
         if self._verdict.failure is not None:
             self._settle(now)
             return
@@ -355,33 +361,9 @@ class Lanes:
         return self._meeting.members[rank].leaf
 
     def _end(self) -> None:
+        self._status.remove()
         self._connections.hang_up()
         self._verdict.take(Failure("aborted", f"the group of rank {self.rank} is closed", self.rank), time.monotonic())
         failure = self._verdict.settle(float("inf"))
         assert failure is not None
         self._works.fail(failure)
-
-
-def open_lanes(
-    store: Store, rank: int, size: int, *, name: str, host: str, fabric: Fabric, wiring: Wiring, timeout_s: float
-) -> Lanes:
-    """Meet the other ranks and start. `fabric`: what is known before anything was measured; its leaves are the ranks'.
-
-    Blocks until all ranks are there. Raises UsageError where they do not fit together, OSError for an address that
-    cannot be listened at.
-    """
-    if len(fabric.leaf_of) != size or fabric.paths != wiring.paths:
-        raise UsageError(
-            f"the fabric has {len(fabric.leaf_of)} ranks and {fabric.paths} paths; "
-            f"the group has {size}, and rank {rank} is wired to {wiring.paths}"
-        )
-    listening = listen(wiring.addresses)
-    try:
-        meeting = meet(
-            store, rank, size, name=name, host=host, leaf=fabric.leaf_of[rank], wiring=wiring, listening=listening
-        )
-    except BaseException:
-        for sock in listening:
-            sock.close()
-        raise
-    return Lanes(meeting, wiring, fabric, store, listening, timeout_s)

@@ -99,7 +99,10 @@ def meet(
         "addresses": [sock.getsockname()[:2] for sock in listening],
     }
     store.set(f"{name}/{rank}", json.dumps(own))
-    members = tuple(_member(store.get(f"{name}/{other}")) for other in range(size))
+    if rank == 0:  # reads what each says, so that the others have to read one thing only
+        rows = [json.loads(store.get(f"{name}/{other}")) for other in range(size)]
+        store.set(f"{name}/members", json.dumps(rows))
+    members = tuple(_member(row) for row in json.loads(store.get(f"{name}/members")))
     counts = {member.paths: number for number, member in reversed(list(enumerate(members)))}
     if len(counts) > 1:
         said = ", ".join(
@@ -109,8 +112,7 @@ def meet(
     return Meeting(name, rank, members, bytes.fromhex(store.get(f"{name}/token").decode()))
 
 
-def _member(raw: bytes) -> Member:
-    said = json.loads(raw)
+def _member(said: dict[str, Any]) -> Member:
     return Member(said["host"], said["leaf"], said["paths"], tuple((host, port) for host, port in said["addresses"]))
 
 

@@ -59,7 +59,7 @@ class Rank:
             item=item,
             fold=None if reduction is None else folded,
         )
-        execute.run(self.lanes, job, 30)
+        execute.run(self.lanes, job)
 
 
 def on_ranks(size: int, body: Callable[[Rank], None]) -> None:

@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from resilient.comms.fabric import multi_plane
-from resilient.comms.lanes.engine import Lanes, open_lanes
+from resilient.comms.lanes.engine import Lanes
 from resilient.comms.lanes.messages import Operation, Receive, Send, Transfer
+from resilient.comms.lanes.opening import open_lanes
 from resilient.comms.lanes.wiring import Address, Planes, Way, Wiring
 
 RATE = 1e8

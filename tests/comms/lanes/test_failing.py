@@ -12,7 +12,8 @@ import pytest
 import torch.distributed as dist
 
 from resilient.comms.fabric import multi_plane
-from resilient.comms.lanes.engine import Lanes, open_lanes
+from resilient.comms.lanes.engine import Lanes
+from resilient.comms.lanes.opening import open_lanes
 from resilient.errors import CollectiveFailed, CollectiveTimeout, PeerGone
 from tests.comms.lanes.loopback import RATE, Relayed, group, on_all, planes, receive, send
 

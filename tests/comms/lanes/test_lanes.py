@@ -11,8 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from resilient.comms.fabric import multi_plane
-from resilient.comms.lanes.engine import Lanes, open_lanes
+from resilient.comms.lanes.engine import Lanes
 from resilient.comms.lanes.messages import Operation, Receive, Send, Transfer
+from resilient.comms.lanes.opening import open_lanes
 from resilient.comms.lanes.wiring import Planes, Spines
 from resilient.errors import CollectiveFailed, CollectiveMismatch, UsageError
 from tests.comms.lanes.loopback import address, even, group, on_all, planes, receive, send

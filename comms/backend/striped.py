@@ -1,0 +1,208 @@
+"""Collectives of tensors over lanes: what is between torch's calls and scripts of bytes.
+
+Usable without a process group of its own: `Striped` needs lanes and the fabric that all ranks agree on. Collectives run
+one after the other in the order in which they were called, which must be the same on all ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from resilient.comms.backend.worker import Work, Worker
+from resilient.comms.collectives import choice, execute, fold, schedule
+from resilient.comms.collectives.fold import Reduction
+from resilient.comms.collectives.schedule import Region, Script
+from resilient.comms.fabric import Fabric
+from resilient.comms.lanes.engine import Lanes
+from resilient.comms.lanes.messages import Operation
+from resilient.errors import UsageError
+
+
+class Striped:
+    """`fabric`: as agreed upon at the start. Tensors are in main memory, and belong to it until the work is done.
+
+    All methods return at once; errors of what a rank was given are raised at once, on this rank, before anything is
+    sent: call them alike on all ranks.
+    """
+
+    def __init__(self, lanes: Lanes, fabric: Fabric) -> None:
+        self.rank, self.size = lanes.rank, lanes.size
+        self.lanes = lanes
+        self._fabric = fabric
+        self._worker = Worker(f"collectives-{lanes.rank}")
+        self._count = 0
+
+    def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Work:
+        """In place. Any shape, the same on all ranks. Raises UsageError for a dtype that cannot be reduced so."""
+        _check(tensor, reduction)
+        flat = _flat(tensor)
+        script, _ = choice.all_reduce(self._fabric, self.rank, self._parts(flat))
+        buffers = {"input": flat, "output": flat}
+        what = f"all_reduce ({reduction}) of {_said(flat)}"
+        return self._submit(what, script, buffers, [tensor], reduction, after=_copy_back(tensor, flat))
+
+    def reduce_scatter(self, output: Tensor, input: Tensor, reduction: Reduction = "sum") -> Work:
+        """`input` is `size` times as long as `output`, which becomes this rank's part of the reduction."""
+        _check(input, reduction)
+        self._fits(output, input, "reduce_scatter")
+        flat, into = _flat(input), _flat(output)
+        region = Region("output", 0, into.nbytes)
+        script, _ = choice.reduce_scatter(self._fabric, self.rank, self._parts(flat), region)
+        what = f"reduce_scatter ({reduction}) of {_said(flat)}"
+        buffers = {"input": flat, "output": into}
+        return self._submit(what, script, buffers, [output], reduction, after=_copy_back(output, into))
+
+    def all_gather(self, output: Tensor, input: Tensor) -> Work:
+        """`output`, `size` times as long as `input`, becomes all ranks' inputs end to end."""
+        self._fits(input, output, "all_gather")
+        flat = _flat(output)
+        script, _ = choice.all_gather(self._fabric, self.rank, self._parts(flat))
+        own = flat.tensor_split(self.size)[self.rank]
+        before = partial(_copy, own, input)
+        what = f"all_gather into {_said(flat)}"
+        return self._submit(what, script, {"output": flat}, [output], before=before, after=_copy_back(output, flat))
+
+    def broadcast(self, tensor: Tensor, root: int) -> Work:
+        """`tensor` of `root`, a rank of this group, to all."""
+        if not 0 <= root < self.size:
+            raise UsageError(f"broadcast from rank {root}: the group has ranks 0 to {self.size - 1}")
+        flat = _flat(tensor)
+        script, _ = choice.broadcast(self._fabric, self.rank, self._parts(flat), root)
+        what = f"broadcast from {root} of {_said(flat)}"
+        return self._submit(what, script, {"output": flat}, [tensor], after=_copy_back(tensor, flat))
+
+    def all_to_all(self, output: Tensor, input: Tensor, received: Sequence[int] = (), sent: Sequence[int] = ()) -> Work:
+        """Row blocks of `input` to all ranks: `sent[r]` rows to rank r, `received[r]` from it; empty: equal ones."""
+        rows_out, rows_in = self._rows(output, received, "output"), self._rows(input, sent, "input")
+        if output.dtype != input.dtype:
+            raise UsageError(f"all_to_all of {input.dtype} into {output.dtype}: they must be of one dtype")
+        flat, into = _flat(input), _flat(output)
+        width = _width(output if output.numel() else input)
+        bytes_in = [rows * width for rows in rows_in]
+        bytes_out = [rows * width for rows in rows_out]
+        own_in, own_out = sum(rows_in[: self.rank]) * width, sum(rows_out[: self.rank]) * width
+        if bytes_in[self.rank] != bytes_out[self.rank]:
+            raise UsageError(
+                f"all_to_all: rank {self.rank} sends {rows_in[self.rank]} rows to itself, and expects "
+                f"{rows_out[self.rank]} from itself"
+            )
+        script = schedule.all_to_all(self.rank, bytes_in, bytes_out)
+        source = execute.flat_bytes(flat)[own_in : own_in + bytes_in[self.rank]]
+        target = execute.flat_bytes(into)[own_out : own_out + bytes_out[self.rank]]
+        return self._submit(
+            f"all_to_all of {output.dtype}",
+            script,
+            {"input": flat, "output": into},
+            [output],
+            before=partial(_copy, target, source),
+            after=_copy_back(output, into),
+        )
+
+    def abort(self, reason: str) -> None:
+        """Fail what is under way and all that comes later, on every rank."""
+        self.lanes.abort(reason)
+
+    def report(self) -> dict[str, Any]:
+        """State, bytes and rates of each lane, as plain data."""
+        return self.lanes.report()
+
+    def close(self) -> None:
+        self._worker.close()
+        self.lanes.close()
+
+    def _submit(
+        self,
+        what: str,
+        script: Script,
+        buffers: dict[str, Tensor],
+        result: list[Tensor],
+        reduction: Reduction | None = None,
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> Work:
+        self._count += 1
+        job = execute.Job(
+            operation=Operation(self._count, f"{what}, {script.name}"),
+            rank=self.rank,
+            script=script,
+            buffers=buffers,
+            item=buffers["output"].itemsize,
+            fold=None if reduction is None else partial(_fold, reduction, self.size),
+        )
+
+        def call() -> None:
+            if before is not None:
+                before()
+            execute.run(self.lanes, job)
+            if after is not None:
+                after()
+
+        return self._worker.submit(call, result)
+
+    def _parts(self, flat: Tensor) -> tuple[int, ...]:
+        return tuple(schedule.parts(flat.nbytes, self.size, flat.itemsize))
+
+    def _fits(self, part: Tensor, whole: Tensor, what: str) -> None:
+        if part.numel() * self.size != whole.numel() or part.dtype != whole.dtype:
+            raise UsageError(
+                f"{what}: {_said(whole)} is not {self.size} times {_said(part)}; the group has {self.size} ranks"
+            )
+
+    def _rows(self, tensor: Tensor, splits: Sequence[int], name: str) -> list[int]:
+        rows = tensor.shape[0] if tensor.dim() else 1
+        if splits:
+            if len(splits) != self.size or sum(splits) != rows:
+                raise UsageError(f"all_to_all: {name} has {rows} rows, and its splits are {list(splits)}")
+            return list(splits)
+        if rows % self.size:
+            raise UsageError(f"all_to_all: {name} has {rows} rows, which {self.size} ranks cannot share equally")
+        return [rows // self.size] * self.size
+
+
+def _check(tensor: Tensor, reduction: Reduction) -> None:
+    if not fold.supported(reduction, tensor.dtype):
+        raise UsageError(
+            f"{reduction} of {tensor.dtype} is not possible; possible are {', '.join(map(str, fold.FLOATS))}, and "
+            f"without an average {', '.join(map(str, fold.INTEGERS))}"
+        )
+
+
+def _fold(reduction: Reduction, ranks: int, into: Tensor, parts: Sequence[Tensor], last: bool) -> None:
+    fold.fold(reduction, into, parts, ranks=ranks, last=last)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor in a row; a copy only where they do not lie so."""
+    if tensor.device.type != "cpu":
+        raise UsageError(f"lanes carry tensors in main memory, and this one is on {tensor.device}")
+    return tensor.detach().contiguous().view(-1)
+
+
+def _copy(into: Tensor, source: Tensor) -> None:
+    source = source.detach().reshape(-1)
+    if into.data_ptr() != source.data_ptr():
+        into.copy_(source)
+
+
+def _copy_back(tensor: Tensor, flat: Tensor) -> Callable[[], None] | None:
+    """For a tensor that was not contiguous."""
+    if tensor.numel() == 0 or tensor.data_ptr() == flat.data_ptr():
+        return None
+    return partial(_copy_whole, tensor, flat)
+
+
+def _copy_whole(tensor: Tensor, flat: Tensor) -> None:
+    tensor.detach().copy_(flat.view(tensor.shape))
+
+
+def _width(tensor: Tensor) -> int:
+    """Bytes of a row."""
+    rows = tensor.shape[0] if tensor.dim() else 1
+    return tensor.nbytes // rows if rows else 0
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"
