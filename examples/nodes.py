@@ -31,6 +31,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from examples.netns import NodesError, run_tool
+
 FIRST_HOST = 100  # addresses of three digits each: their order as text is the order in which nodes were added
 LAST_HOST = 254
 KILL_DEADLINE_S = 20.0
@@ -38,10 +40,6 @@ POLL_S = 0.01
 SUBNET_ATTEMPTS = 20
 # The burst holds the largest packet that the kernel hands over in one piece (64 KiB).
 SHAPER = "root tbf rate {rate} burst 128kb latency 50ms"
-
-
-class NodesError(RuntimeError):
-    """The nodes could not be made or changed; the message says which command failed, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +172,9 @@ class Nodes:
             self.link(node, "down")
         self._end_processes(self._nodes[node])
         if self.isolated:
-            _run("ip", "netns", "del", self._space_name(node))
-            _run("ip", "-n", self._switch, "link", "del", node, check=False)  # it goes with the namespace, but later
+            run_tool("ip", "netns", "del", self._space_name(node))
+            # It would go with the namespace, but later.
+            run_tool("ip", "-n", self._switch, "link", "del", node, check=False)
         shutil.rmtree(self._nodes.pop(node).folder, ignore_errors=True)
 
     def link(self, node: str, state: str) -> None:
@@ -187,14 +186,14 @@ class Nodes:
             raise NodesError("nodes on loopback have no cables: run as root, with iproute2, for network namespaces")
         space = self._space_name(node)
         if state == "down":
-            _run("ip", "-n", self._switch, "link", "set", node, "down")
+            run_tool("ip", "-n", self._switch, "link", "set", node, "down")
             return
         for place, device in ((self._switch, node), (space, "eth0")):
             if state == "up":
-                _run("tc", "-n", place, "qdisc", "del", "dev", device, "root", check=False)  # there may be none
+                run_tool("tc", "-n", place, "qdisc", "del", "dev", device, "root", check=False)  # there may be none
             else:
-                _run("tc", "-n", place, "qdisc", "replace", "dev", device, *SHAPER.format(rate=state).split())
-        _run("ip", "-n", self._switch, "link", "set", node, "up")
+                run_tool("tc", "-n", place, "qdisc", "replace", "dev", device, *SHAPER.format(rate=state).split())
+        run_tool("ip", "-n", self._switch, "link", "set", node, "up")
 
     # -- namespaces ----------------------------------------------------------------
 
@@ -207,14 +206,14 @@ class Nodes:
 
     def _make_switch(self) -> str:
         """The bridge and the login node's cable to it; returns the first three numbers of the subnet."""
-        _run("ip", "netns", "add", self._switch)
-        self._exit.callback(_run, "ip", "netns", "del", self._switch, check=False)
+        run_tool("ip", "netns", "add", self._switch)
+        self._exit.callback(run_tool, "ip", "netns", "del", self._switch, check=False)
         bridge = ["link add bridge type bridge", "link set bridge up", f"link add login type veth peer name {self._id}"]
         _batch(
             ["-n", self._switch],
             [*bridge, "link set login master bridge up", f"link set {self._id} netns {os.getpid()}"],
         )
-        self._exit.callback(_run, "ip", "link", "del", self._id, check=False)
+        self._exit.callback(run_tool, "ip", "link", "del", self._id, check=False)
         subnet = _free_subnet()
         _batch([], [f"addr add {subnet}.1/24 dev {self._id}", f"link set {self._id} up"])
         return subnet
@@ -222,7 +221,7 @@ class Nodes:
     def _cable(self, node: _Node) -> _Node:
         """Make the node's namespace and its cable. An address that is used again has its old MAC: nobody is misled."""
         space = f"{self._id}-{node.name}"
-        _run("ip", "netns", "add", space)
+        run_tool("ip", "netns", "add", space)
         try:
             mac = ":".join(f"{number:02x}" for number in (2, 0, *map(int, node.address.split("."))))
             pair = f"link add {node.name} type veth peer name eth0 address {mac} netns {space}"
@@ -230,7 +229,7 @@ class Nodes:
             inside = ["link set lo up", f"addr add {node.address}/24 dev eth0", "link set eth0 up"]
             _batch(["-n", space], inside)
         except BaseException:
-            _run("ip", "netns", "del", space, check=False)
+            run_tool("ip", "netns", "del", space, check=False)
             raise
         inode = os.stat(f"/run/netns/{space}").st_ino
         return _Node(name=node.name, address=node.address, folder=node.folder, space=inode)
@@ -285,7 +284,7 @@ class Nodes:
                 self._end_processes(node)
             finally:
                 if self.isolated:
-                    _run("ip", "netns", "del", self._space_name(node.name), check=False)
+                    run_tool("ip", "netns", "del", self._space_name(node.name), check=False)
                 del self._nodes[node.name]
 
 
@@ -296,7 +295,7 @@ def can_isolate() -> bool:
 
 def _free_subnet() -> str:
     """The first three numbers of a private /24 that this machine has no route into."""
-    routes = json.loads(_run("ip", "-json", "-4", "route", "show", "table", "all"))
+    routes = json.loads(run_tool("ip", "-json", "-4", "route", "show", "table", "all"))
     taken = [ipaddress.ip_network(route["dst"], strict=False) for route in routes if route["dst"][0].isdigit()]
     for _ in range(SUBNET_ATTEMPTS):
         subnet = f"10.{secrets.randbelow(128) + 64}.{secrets.randbelow(256)}"
@@ -306,15 +305,4 @@ def _free_subnet() -> str:
 
 
 def _batch(where: list[str], lines: list[str]) -> None:
-    _run("ip", *where, "-batch", "-", stdin="\n".join(lines))
-
-
-def _run(*command: str, stdin: str | None = None, check: bool = True) -> str:
-    """Run a command and return its output. Raises NodesError with what it said, unless `check` is false."""
-    try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise NodesError(f"{command[0]} is missing: install iproute2") from error
-    if done.returncode != 0 and check:
-        raise NodesError(f"{' '.join(command)}\n{stdin or ''}\n{done.stderr.strip()}")
-    return done.stdout
+    run_tool("ip", *where, "-batch", "-", stdin="\n".join(lines))

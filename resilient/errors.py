@@ -7,7 +7,7 @@
     │   └── AgentLost                 the node's agent is gone; another is being started
     ├── ReconfigureError              a peer is gone: rebuild the group
     │   ├── RankFailed                another rank could not keep its part of a snapshot
-    │   └── CollectiveFailed          a collective could not be completed; the same on all ranks of the group
+    │   └── CollectiveFailed (RuntimeError)  a collective could not be completed; the same on all ranks
     │       ├── PeerGone              a rank is dead, or cannot be reached over any path
     │       └── CollectiveTimeout (TimeoutError)  a rank has not come to the collective in time
     ├── RestoreError                  stored bytes cannot be used as they are
@@ -83,8 +83,11 @@ class RankFailed(ReconfigureError):
     """Another rank could not keep its part of a snapshot, so the snapshot cannot become complete."""
 
 
-class CollectiveFailed(ReconfigureError):
-    """A collective could not be completed. `rank` and `host` say where the cause is, as far as that is known."""
+class CollectiveFailed(ReconfigureError, RuntimeError):
+    """A collective could not be completed. `rank` and `host` say where the cause is, as far as that is known.
+
+    A RuntimeError as well, which is what torch.distributed raises.
+    """
 
     def __init__(self, message: str, *, rank: int | None = None, host: str | None = None) -> None:
         super().__init__(message)

@@ -13,7 +13,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the examples are no installed package
 
-from examples.nodes import Nodes, NodesError
+from examples.netns import NodesError
+from examples.nodes import Nodes
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces can be made by root only")
 KINDS = [pytest.param(True, id="namespaces", marks=needs_root), pytest.param(False, id="loopback")]
