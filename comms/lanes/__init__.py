@@ -4,6 +4,7 @@
     meeting      ranks find one another through the job's store, and prove that they belong to it
     connection   one TCP flow and the frames on it (`wire`); `connections`: all of a rank's; `doors`: opening them
     schedule     which chunk goes on which lane next: pure
+    window       how many bytes a lane may have on its way
     rates        how quick each path has been, and what that makes of the fabric: pure
     failing      whose fault it is, and that all ranks say the same: pure
     engine       what frames mean, run by the thread of `loop`; `opening` starts it

@@ -300,6 +300,7 @@ class Lanes:
             for lane in list(peer.check(now)):
                 self._connections.lost(lane)
                 self._dead(lane)
+            peer.resize()
             self._connections.feed(peer)
         if self._works.oldest_s(now) > min(_ASK_S, self._timeout_s / 4):
             self._ask(now)

@@ -10,6 +10,7 @@ from enum import Enum
 
 from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.schedule import Chunk, Queue, help_late, spread
+from resilient.comms.lanes.window import LEAST, UNSEEN, Seen, apply, resized, seen
 from resilient.comms.lanes.wire import Header, Kind, frame
 
 SUSPECT_S = 1.0
@@ -40,6 +41,8 @@ class Lane:
     retry_at: float = 0.0
     asked_at: float = 0.0
     bytes: int = 0
+    window: int = LEAST
+    seen: Seen = UNSEEN
 
 
 class Peer:
@@ -70,6 +73,8 @@ class Peer:
         lane.connection, lane.state, lane.moved_at, lane.retry_s = connection, State.OPEN, now, FIRST_RETRY_S
         lane.queue.began = now
         lane.outstanding = 0
+        lane.window = LEAST
+        apply(connection.sock, LEAST)
         return lane
 
     def died(self, lane: Lane, now: float) -> None:
@@ -119,6 +124,17 @@ class Peer:
                 self._ask(others, now)
                 if any(self._alive(other, now) for other in others):
                     yield lane
+
+    def resize(self) -> None:
+        """Called a few times a second: windows of lanes that are busy are fitted to their paths."""
+        for lane in self.lanes:
+            if lane.connection is None or lane.connection.closed or not lane.queue.waiting:
+                continue
+            before, lane.seen = lane.seen, seen(lane.connection.sock)
+            window = resized(lane.window, before, lane.seen)
+            if window != lane.window:
+                lane.window = window
+                apply(lane.connection.sock, window)
 
     def ping(self) -> None:
         """Ask on all lanes that are open, and open one where none is."""
