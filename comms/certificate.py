@@ -59,7 +59,7 @@ def certify(fabric: Fabric, flows: Sequence[Flow], pieces: Sequence[Piece]) -> C
     failed = next((link for link, count in bytes_on.items() if count and not fabric.rate(link)), None)
     if failed is not None:
         raise UsageError(f"the plan uses a link that has failed: {failed}")
-    seconds = {link: count / fabric.rate(link) for link, count in bytes_on.items()}
+    seconds = {link: count / fabric.rate(link) for link, count in bytes_on.items() if count}
     fullest = max(seconds, key=lambda link: (seconds[link], link), default=None)
     bound_s, limit = bound(fabric, flows)
     return Certificate(

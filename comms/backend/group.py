@@ -86,7 +86,10 @@ else:
 
 
 class ResilientProcessGroup(_Base):
-    """Tensors of at least `stripe_from` bytes go over lanes. Works are finished in the order in which they began."""
+    """Tensors of at least `stripe_from` bytes go over lanes; 0: all, barriers as well.
+
+    Works over lanes are finished in the order in which they began.
+    """
 
     def __init__(self, gloo: Any, striped: Striped, stripe_from: int, nccl: Any = None) -> None:
         super().__init__(striped.rank, striped.size)  # the only constructor whose object C++ can call
@@ -191,6 +194,11 @@ class ResilientProcessGroup(_Base):
         whole = torch.empty(sum(received), dtype=outputs[0].dtype)
         source = torch.cat([one.detach().reshape(-1) for one in inputs])
         return _Then(self._striped.all_to_all(whole, source, received, sent), outputs, whole)
+
+    def barrier(self, opts: Any = None) -> Any:
+        if self._from:
+            return self._gloo.barrier() if opts is None else self._gloo.barrier(opts)
+        return self._striped.all_reduce(torch.zeros(1))
 
     def abort(self) -> None:
         """Every rank's collectives over lanes fail at once, with the same error."""

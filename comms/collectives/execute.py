@@ -120,7 +120,7 @@ def _planned(fabric: Fabric, flows: Step, item: int, rank: int) -> _Planned:
         if piece.flow not in found:
             continue
         found[piece.flow].append((piece.path or 0, piece.begin, piece.end))  # within a leaf any will do
-        if piece.path is not None:
+        if piece.path is not None and piece.end > piece.begin:
             seconds = (loads[link] / fabric.rate(link) for link in fabric.links(flows[piece.flow], piece.path))
             busy_s[piece.path] = max(busy_s.get(piece.path, 0.0), *seconds)
     return _Planned({number: tuple(pieces) for number, pieces in found.items()}, busy_s)

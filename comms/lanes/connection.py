@@ -1,15 +1,12 @@
 """One TCP flow, non-blocking: frames in, frames out. What they mean is for `sending` and `receiving` to say."""
 
-import fcntl
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable
 
 from resilient.comms.lanes.wire import HEADER, Header, Kind, unpack
 
-_SIOCOUTQ = 0x5411  # TIOCOUTQ: bytes that the peer's kernel has not acknowledged
 _MOST_READS = 64  # of one connection before others get their turn
 
 
@@ -63,11 +60,6 @@ class Connection:
                     return
                 sent -= len(first)
                 self._out.popleft()
-
-    def unacknowledged(self) -> int:
-        """Bytes in the kernel that the peer's kernel has not taken."""
-        (count,) = struct.unpack("i", fcntl.ioctl(self.sock, _SIOCOUTQ, b"\0" * 4))
-        return int(count)
 
     def read(
         self,

@@ -3,6 +3,8 @@
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 
 from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.meeting import Meeting, accept, connect
@@ -33,24 +35,29 @@ class Doors:
 
     def open(self, peer: int, path: int) -> None:
         """Connect to a peer over a path."""
-        self._outwards.submit(self._connect, peer, path)
+        self._give(self._outwards, partial(self._connect, peer, path))
 
     def welcome(self, sock: socket.socket) -> None:
         """Find out who has connected."""
-        self._inwards.submit(self._accept, sock)
+        self._give(self._inwards, partial(self._accept, sock))
 
     def knock(self, peer: int) -> None:
         """Find out whether a peer's process is there: where it has ended, its host refuses. A cut network is silent."""
-        self._outwards.submit(self._knock, peer)
+        self.submit(partial(self._knock, peer))
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Anything else that takes a while."""
-        self._outwards.submit(call)
+        """Anything else that takes a while. Nothing once the doors are closed, or Python is ending."""
+        self._give(self._outwards, call)
 
     def close(self) -> None:
         """Does not wait for what is under way."""
         self._outwards.shutdown(wait=False, cancel_futures=True)
         self._inwards.shutdown(wait=False, cancel_futures=True)
+
+    @staticmethod
+    def _give(pool: ThreadPoolExecutor, call: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # it takes nothing any more
+            pool.submit(call)
 
     def _connect(self, peer: int, path: int) -> None:
         member = self._meeting.members[peer]

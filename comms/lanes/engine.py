@@ -297,7 +297,7 @@ class Lanes:
             self._settle(now)
             return
         for peer in list(self._connections.peers.values()):
-            for lane in list(peer.check(now)):
+            for lane in list(peer.check(now, self._connections.heard_at(peer.rank))):
                 self._connections.lost(lane)
                 self._dead(lane)
             peer.resize()

@@ -36,11 +36,8 @@ class Rates:
 
         The quickest path of the operation is the measure of the others; of one alone, the quickest lately.
         """
-        speeds = {
-            path: (self.factor(leaf, path) or RETURNED) * expected_s[path] / busy_s[path]
-            for path in busy_s
-            if expected_s.get(path)
-        }
+        known = {path: self.factor(leaf, path) for path in busy_s if expected_s.get(path)}
+        speeds = {path: factor * expected_s[path] / busy_s[path] for path, factor in known.items() if factor}
         if not speeds:
             return None
         self._best.append(max(speeds.values()))
@@ -97,7 +94,10 @@ class Rates:
         down = self._best_of({(leaf, path): [] for _, leaf, path in self._factors}, False)
         if not up:
             return self._nominal
-        return replace(self._nominal, up=_scaled(self._nominal.up, up), down=_scaled(self._nominal.down, down))
+        return _passable(
+            self._nominal,
+            replace(self._nominal, up=_scaled(self._nominal.up, up), down=_scaled(self._nominal.down, down)),
+        )
 
     def _best_of(self, seen: dict[tuple[int, int], list[float]], from_here: bool) -> dict[tuple[int, int], float]:
         for (rank, leaf, path), (_, factor) in self._factors.items():
@@ -108,9 +108,27 @@ class Rates:
 def _scaled(
     rows: tuple[tuple[float, ...], ...], factors: Mapping[tuple[int, int], float]
 ) -> tuple[tuple[float, ...], ...]:
-    """A leaf all of whose paths seem dead keeps them, slow: it is better to try than to give up."""
-    scaled = []
-    for leaf, row in enumerate(rows):
-        new = tuple(rate * factors.get((leaf, path), 1.0) for path, rate in enumerate(row))
-        scaled.append(new if any(new) else tuple(rate * LEAST for rate in row))
-    return tuple(scaled)
+    return tuple(
+        tuple(rate * factors.get((leaf, path), 1.0) for path, rate in enumerate(row)) for leaf, row in enumerate(rows)
+    )
+
+
+def _passable(nominal: Fabric, found: Fabric) -> Fabric:
+    """Where no path seems to be left from one leaf to another, all are kept, slow: better to try than to give up."""
+    hurt = [leaf for leaf in range(found.leaves) if 0.0 in found.up[leaf]]
+    hurt_below = [leaf for leaf in range(found.leaves) if 0.0 in found.down[leaf]]
+    for one in hurt:
+        for other in hurt_below:
+            if one != other and not any(up * down for up, down in zip(found.up[one], found.down[other], strict=True)):
+                found = _tried(nominal, found, one, other)
+    return found
+
+
+def _tried(nominal: Fabric, found: Fabric, one: int, other: int) -> Fabric:
+    up = tuple(rate or LEAST * usual for rate, usual in zip(found.up[one], nominal.up[one], strict=True))
+    down = tuple(rate or LEAST * usual for rate, usual in zip(found.down[other], nominal.down[other], strict=True))
+    return replace(
+        found,
+        up=(*found.up[:one], up, *found.up[one + 1 :]),
+        down=(*found.down[:other], down, *found.down[other + 1 :]),
+    )

@@ -12,6 +12,8 @@ from itertools import pairwise
 from resilient.comms.lanes.messages import Piece
 
 CHUNK_BYTES = 1 << 18
+LEAST_CHUNK = 1 << 15
+_OF_A_PIECE = 8  # chunks: what others can take from it when it is late
 LATE = 1.4  # times what the plan meant, beside the lane that is done
 UNPLANNED = 2.0  # times as long as it has taken so far, where there is no plan
 LATE_S = 0.03  # less is not worth it
@@ -110,7 +112,8 @@ def cut(
     """The chunks of each piece, with its path: equal ones of at most CHUNK_BYTES."""
     found = []
     for path, begin, end in pieces:
-        count = -(-(end - begin) // CHUNK_BYTES)
+        size = min(CHUNK_BYTES, max(LEAST_CHUNK, (end - begin) // _OF_A_PIECE))
+        count = -(-(end - begin) // size)
         at = [begin + (end - begin) * number // count for number in range(count + 1)] if count else []
         found.append((path, [Chunk(owner, operation, tag, one, view[one:other]) for one, other in pairwise(at)]))
     return found

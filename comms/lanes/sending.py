@@ -1,7 +1,7 @@
 """The lanes from one rank to one peer: opened when they are first needed, helped when late, replaced when dead.
 
-A lane is suspected when nothing of what it has sent has been acknowledged for SUSPECT_S, not even by the peer's kernel,
-while the peer is heard on another lane. Then its chunks go over the others, and it is opened again in the background.
+A lane is dead when nothing of what it has sent has been acknowledged for SUSPECT_S, not even by the peer's kernel,
+while the peer is heard elsewhere. Then others take its chunks, and it is opened again in the background.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +17,7 @@ SUSPECT_S = 1.0
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 30.0
 _HEARD_S = 0.7  # a peer that was heard so recently is alive
+_HOPELESS = 3.0
 
 
 class State(Enum):
@@ -36,7 +37,7 @@ class Lane:
     connection: Connection | None = None
     queue: Queue = field(default_factory=Queue)
     moved_at: float = 0.0
-    outstanding: int = 0
+    acknowledged: int = 0
     retry_s: float = FIRST_RETRY_S
     retry_at: float = 0.0
     asked_at: float = 0.0
@@ -72,7 +73,6 @@ class Peer:
         lane = self.lanes[path]
         lane.connection, lane.state, lane.moved_at, lane.retry_s = connection, State.OPEN, now, FIRST_RETRY_S
         lane.queue.began = now
-        lane.outstanding = 0
         lane.window = LEAST
         apply(connection.sock, LEAST)
         return lane
@@ -99,7 +99,7 @@ class Peer:
             chunk = lane.queue.next() or self._helped(lane, now)
             if chunk is None:
                 return
-            if lane.outstanding == 0:
+            if len(lane.queue.flying) == 1:  # it is the first
                 lane.moved_at = now
             header = Header(Kind.DATA, chunk.tag, chunk.operation, chunk.offset, len(chunk.view))
             connection.put(header.pack(), chunk.view)
@@ -114,15 +114,19 @@ class Peer:
                 lane.bytes += len(chunk.view)
                 self._arrived(lane, chunk)
 
-    def check(self, now: float) -> Iterable[Lane]:
-        """Called a few times a second: lanes that are dead by now. Lanes whose time has come are opened again."""
+    def check(self, now: float, heard_at: float) -> Iterable[Lane]:
+        """Called a few times a second: lanes that are dead by now. Lanes whose time has come are opened again.
+
+        `heard_at`: when the peer was last heard, on whatever connection.
+        """
         for lane in self.lanes:
             if lane.state is State.DEAD and now >= lane.retry_at:
                 self._open(lane)
             if lane.state is State.OPEN and lane.queue.flying and self._stuck(lane, now):
-                others = self._usable(lane)
-                self._ask(others, now)
-                if any(self._alive(other, now) for other in others):
+                self._ask(self._usable(lane), now)
+                # An acknowledgement has a way of its own: with several ways broken, all lanes may be stuck though the
+                # peer is there. Then the one that has been for longest gives way to a new connection.
+                if now - heard_at < _HEARD_S or now - lane.moved_at > _HOPELESS * SUSPECT_S:
                     yield lane
 
     def resize(self) -> None:
@@ -147,9 +151,9 @@ class Peer:
 
     def _stuck(self, lane: Lane, now: float) -> bool:
         assert lane.connection is not None
-        outstanding = lane.connection.unacknowledged()
-        if outstanding != lane.outstanding:
-            lane.outstanding, lane.moved_at = outstanding, now
+        acknowledged = seen(lane.connection.sock).acknowledged
+        if acknowledged != lane.acknowledged:
+            lane.acknowledged, lane.moved_at = acknowledged, now
         return now - lane.moved_at > SUSPECT_S
 
     def _ask(self, lanes: Sequence[Lane], now: float) -> None:
@@ -159,9 +163,6 @@ class Peer:
             elif lane.connection is not None and not lane.connection.unsent and now - lane.asked_at > _HEARD_S / 2:
                 lane.asked_at = now
                 lane.connection.put(frame(Kind.PING))
-
-    def _alive(self, lane: Lane, now: float) -> bool:
-        return lane.connection is not None and now - lane.connection.heard_at < _HEARD_S
 
     def _usable(self, but: Lane) -> list[Lane]:
         return [lane for lane in self.lanes if lane is not but and lane.state is not State.DEAD]

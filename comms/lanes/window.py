@@ -14,16 +14,18 @@ MOST = 1 << 22
 _QUEUEING = 2.0  # a round trip so many times the shortest one waits in buffers
 _FULL = 4.0
 _INFO = struct.Struct("@8B24I4Q4I")  # struct tcp_info as far as tcpi_min_rtt
-_RTT, _REPEATED, _LEAST_RTT = 8 + 15, 8 + 23, 8 + 24 + 4 + 3
+_RTT, _REPEATED, _ACKNOWLEDGED, _LEAST_RTT = 8 + 15, 8 + 23, 8 + 24 + 2, 8 + 24 + 4 + 3
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of a connection: round trips in microseconds, smoothed and the shortest; segments that were sent again so far."""
+    """Of a connection: round trips in microseconds, smoothed and the shortest; segments that were sent again, and bytes
+    that the peer's kernel has acknowledged, so far."""
 
     rtt_us: int
     least_us: int
     repeated: int
+    acknowledged: int = 0
 
 
 UNSEEN = Seen(1, 1, 0)
@@ -35,7 +37,7 @@ def seen(sock: socket.socket) -> Seen:
     if len(raw) < _INFO.size:  # a kernel that does not tell
         return UNSEEN
     fields = _INFO.unpack_from(raw)
-    return Seen(fields[_RTT], fields[_LEAST_RTT], fields[_REPEATED])
+    return Seen(fields[_RTT], fields[_LEAST_RTT], fields[_REPEATED], fields[_ACKNOWLEDGED])
 
 
 def resized(window: int, before: Seen, now: Seen) -> int:

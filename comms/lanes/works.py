@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from resilient.comms.lanes.messages import Failure, Operation, Transfer
 
-_MEASURED_BYTES = 1 << 19  # on a lane in one operation: less says nothing about its rate
+_MEASURED_BYTES = 1 << 16  # on a lane in one operation: less says nothing about its rate,
+_MEASURED_S = 0.002  # and neither does what is over before a thread has woken up
 
 
 class Work:
@@ -31,7 +32,7 @@ class Work:
             for path, wanted_s in self.operation.expected_s.items():
                 count, last = self._seen.get((peer, path), (0, 0.0))
                 planned = self._planned.get((peer, path), 0)
-                if min(count, planned) >= _MEASURED_BYTES:
+                if min(count, planned) >= _MEASURED_BYTES and last - self.began >= _MEASURED_S:
                     busy_s[path] = last - self.began
                     expected_s[path] = wanted_s * count / planned
             yield peer, busy_s, expected_s

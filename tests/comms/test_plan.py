@@ -237,6 +237,12 @@ def test_schedules_send_what_their_collectives_need() -> None:
 # --- what is refused
 
 
+def test_a_flow_of_no_bytes_asks_nothing_of_a_failed_link() -> None:
+    fabric = leaf_spine(leaves=2, spines=2, hosts=1, rate=1.0).with_rate(0, 0, 0.0)
+    plan = plan_step(fabric, [Flow(0, 1, 0), Flow(1, 0, 4)], item=4)
+    assert plan.certificate.load_s == 4.0
+
+
 def test_a_certificate_sees_gaps_overlaps_and_failed_links() -> None:
     fabric = leaf_spine(leaves=2, spines=2, hosts=1, rate=1.0)
     flows = [Flow(0, 1, 10)]
