@@ -209,6 +209,8 @@ class Lanes:
             case Kind.PING:
                 connection.put(frame(Kind.PONG, self._works.last, tag=int(self._works.any())))
                 self._connections.write(connection)
+            case Kind.BYE:
+                self._connections.peer(connection.peer).left(header.operation)
             case Kind.PONG:
                 self._pongs[connection.peer] = (header.operation, bool(header.tag))
             case Kind.ABORT:
@@ -363,6 +365,8 @@ class Lanes:
 
     def _end(self) -> None:
         self._status.remove()
+        if self._verdict.failure is None and not self._works.any():
+            self._connections.flood(frame(Kind.BYE, self._works.last))
         self._connections.hang_up()
         self._verdict.take(Failure("aborted", f"the group of rank {self.rank} is closed", self.rank), time.monotonic())
         failure = self._verdict.settle(float("inf"))

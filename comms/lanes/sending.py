@@ -114,6 +114,15 @@ class Peer:
                 lane.bytes += len(chunk.view)
                 self._arrived(lane, chunk)
 
+    def left(self, last: int) -> None:
+        """The peer has gone, and says that it had all that operations up to `last` were to bring it."""
+        for lane in self.lanes:
+            for chunk in lane.queue.empty():
+                if chunk.operation <= last:
+                    self._arrived(lane, chunk)
+                else:
+                    lane.queue.waiting.append(chunk)
+
     def check(self, now: float, heard_at: float) -> Iterable[Lane]:
         """Called a few times a second: lanes that are dead by now. Lanes whose time has come are opened again.
 

@@ -5,6 +5,7 @@ ACK        `operation` is how many chunks have arrived on this connection so far
 OPERATION  announces what an operation is (its fingerprint), before its first chunk on a connection
 PING PONG  is anybody there? A PONG's `operation` is the last that its rank has begun; `tag` 1: it waits for others
 ABORT      why the group has failed, as JSON; passed on by all who get it for the first time
+BYE        its rank closes the group, and has had all that operations up to `operation` were to bring it
 REPORT     how quick paths have been, as JSON; passed on likewise
 """
 
@@ -26,6 +27,7 @@ class Kind(IntEnum):
     PONG = 5
     ABORT = 6
     REPORT = 7
+    BYE = 8
 
 
 class Header(NamedTuple):

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from examples.fabric import Fabric, LeafSpine, MultiPlane
+from tests.fabric.worker import Net, batch_of
 
 Up = Callable[[Any], Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +59,20 @@ def test_unequal_planes_carry_shares_by_their_rates(up: Up, tmp_path: Path) -> N
         assert carried[0] / carried[1] == pytest.approx(2.0, rel=0.12)
 
 
+def alone(steps: int, ranks: int = 2) -> float:
+    """The loss of the last step, added up over ranks, when one process does what all of them should do together."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = [torch.zeros(())]
+    for step in range(steps):
+        losses = [model(batch_of(step, rank)).square().mean() for rank in range(ranks)]
+        optimizer.zero_grad()
+        (torch.stack(losses).sum() / ranks).backward()
+        optimizer.step()
+    return float(torch.stack(losses).detach().sum())
+
+
 def trained(fabric: Fabric, folder: Path, steps: int, fault: Callable[[], None] | None = None) -> list[dict[str, Any]]:
     progress = folder / "progress"
     words = [*WORKER, "trains", "resilient", str(steps), str(progress)]
@@ -75,12 +91,10 @@ def trained(fabric: Fabric, folder: Path, steps: int, fault: Callable[[], None] 
 def test_training_goes_on_to_the_same_loss_when_a_link_fails(kind: str, up: Up, tmp_path: Path) -> None:
     fabric = up(LeafSpine(rate="100mbit"))
     steps = 15
-    plain = fabric.run([*WORKER, "trains", "gloo", str(steps)], env={"PYTHONPATH": str(ROOT)}, timeout_s=90).check()
-    (wanted, _) = said(plain.outputs)
     link = fabric.link(1, 2)
     faults = {"slow": lambda: link.slow("20mbit"), "silence": link.silence, "down": link.down}
     rows = trained(fabric, tmp_path, steps, faults[kind])
-    assert [row["loss"] for row in rows] == [pytest.approx(wanted["loss"], rel=1e-4)] * 2
+    assert [row["loss"] for row in rows] == [pytest.approx(alone(steps), rel=1e-4)] * 2
     assert max(rows[0]["took"]) < 10  # nothing waits for a timeout
 
 

@@ -67,6 +67,10 @@ class Net(nn.Module):
         return output
 
 
+def batch_of(step: int, rank: int) -> Tensor:
+    return torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
 def trains(backend: str, steps: str, progress: str = "") -> None:
     """DDP for some steps; after each, rank 0 writes its number into the file `progress`."""
     rank, _ = joined(backend)
@@ -75,9 +79,8 @@ def trains(backend: str, steps: str, progress: str = "") -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     loss, took = torch.zeros(()), []
     for step in range(int(steps)):
-        generator = torch.Generator().manual_seed(100 * step + rank)
         began = time.monotonic()
-        loss = model(torch.randn(BATCH, WIDTH, generator=generator)).square().mean()
+        loss = model(batch_of(step, rank)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

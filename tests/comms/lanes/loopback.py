@@ -87,6 +87,7 @@ class Relay:
         self.address: Address = self._server.getsockname()
         self.rate: float | None = None
         self.silent = False
+        self.deaf = False  # what comes back is dropped
         self.carried = 0
         self._ends: list[socket.socket] = []
         self._closed = threading.Event()
@@ -129,6 +130,8 @@ class Relay:
                     break
                 if counted:
                     self.carried += len(part)
+                if self.deaf and not counted:
+                    continue
                 if counted and self.rate is not None:
                     time.sleep(len(part) / self.rate)
                 other.sendall(part)

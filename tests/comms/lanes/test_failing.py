@@ -181,3 +181,19 @@ def test_a_group_can_be_made_again_after_one_has_failed() -> None:
         on_all([one.close for one in lanes])
     with group(2, name="second") as (one, other):
         exchanged(one, other, 1, MIB, paths=2)
+
+
+def test_who_has_all_may_leave_though_its_word_for_it_was_lost() -> None:
+    """A chunk that was sent once more, for its lane seemed dead, is not waited for when the receiver has left."""
+    wiring = Relayed(0, 2)
+    with group(2, 2, wirings=[wiring, planes(1, 2)]) as (one, other):
+        exchanged(one, other, 1, MIB, paths=2)
+        for relay in wiring.on(1):
+            relay.deaf = True  # what is sent arrives, and no answer comes back
+        content, into = random.Random(3).randbytes(MIB), bytearray(MIB)
+        transfers = [send(one, 2, 1, content, paths=2), receive(other, 2, 0, into)]
+        transfers[1].wait(20)
+        assert not transfers[0].done
+        other.close()
+        transfers[0].wait(20)
+        assert into == content
