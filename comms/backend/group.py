@@ -195,6 +195,27 @@ class ResilientProcessGroup(_Base):
         source = torch.cat([one.detach().reshape(-1) for one in inputs])
         return _Then(self._striped.all_to_all(whole, source, received, sent), outputs, whole)
 
+    def send(self, tensors: list[Tensor], target: int, tag: int) -> Any:
+        (tensor,) = tensors
+        if tensor.nbytes < self._from or not self._takes(tensor):
+            return self._of(tensor).send(tensors, target, tag)
+        return self._striped.send(tensor, target, tag)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> Any:
+        (tensor,) = tensors
+        if tensor.nbytes < self._from or not self._takes(tensor):
+            return self._of(tensor).recv(tensors, source, tag)
+        return self._striped.receive(tensor, source, tag)
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> Any:
+        (tensor,) = tensors
+        if tensor.nbytes >= self._from and self._takes(tensor):
+            raise UsageError(
+                f"a message of {tensor.nbytes} bytes from any rank cannot be received: name the source, or set "
+                "RESILIENT_STRIPE_FROM to more than that on all ranks"
+            )
+        return self._of(tensor).recv_anysource(tensors, tag)
+
     def barrier(self, opts: Any = None) -> Any:
         if self._from:
             return self._gloo.barrier() if opts is None else self._gloo.barrier(opts)

@@ -5,15 +5,17 @@ and what is wrong on one rank is an error on all.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from resilient.comms.backend.options import Decision, Options, decide
 from resilient.comms.backend.striped import Striped
+from resilient.comms.discovery import meet
 from resilient.comms.fabric import Fabric
 from resilient.comms.lanes.meeting import Store
 from resilient.comms.lanes.opening import open_lanes
-from resilient.comms.topology import Topology, load
+from resilient.comms.topology import DISCOVER, Topology, load, own_address
 from resilient.errors import UsageError
 
 
@@ -27,7 +29,7 @@ class Opened:
 
 def open_group(store: Store, rank: int, size: int, options: Options, timeout_s: float) -> Opened:
     """Blocks until all ranks are there. Raises UsageError, on all ranks alike, for topologies that cannot be used."""
-    topology, error = _loaded(options)
+    topology, error = _loaded(store, rank, size, options)
     store.set(f"hosts/{rank}", json.dumps({"host": options.host, "topology": options.topology, "error": error}))
     if rank == 0:
         store.set("agreed", json.dumps(_agree(store, size, topology)))
@@ -52,12 +54,17 @@ def open_group(store: Store, rank: int, size: int, options: Options, timeout_s: 
     return Opened(decision=decision, striped=Striped(lanes, fabric))
 
 
-def _loaded(options: Options) -> tuple[Topology | None, str]:
+def _loaded(store: Store, rank: int, size: int, options: Options) -> tuple[Topology | None, str]:
     """What this rank knows of the network, and what is wrong with it."""
     if not options.topology:
         return None, ""
+    kind, _, interface = options.topology.partition(":")
     try:
-        topology = load(options.topology)
+        if kind == DISCOVER:
+            address = partial(own_address, interface, options.master)
+            topology = meet(store, rank, size, host=options.host, address=address)
+        else:
+            topology = load(options.topology)
         topology.wiring(options.host)
     except (UsageError, OSError) as error:
         return None, str(error)
@@ -82,6 +89,8 @@ def _agree(store: Store, size: int, topology: Topology | None) -> dict[str, Any]
     if wrong:
         return {"error": f"the topology cannot be used. {wrong[0]}"}
     decision = decide(hosts, fabric)
+    if decision.action == "gloo" and topology is not None and topology.reason:
+        decision = replace(decision, reason=f"{decision.reason}; {topology.reason}")
     return {"error": "", "decision": asdict(decision), "fabric": None if fabric is None else asdict(fabric)}
 
 

@@ -1,6 +1,6 @@
 """What the user wants, and whether lanes are worth having in a group: pure.
 
-RESILIENT_TOPOLOGY           what the paths are: see `resilient.comms.topology.load`
+RESILIENT_TOPOLOGY           what the paths are: see `resilient.comms.topology.load`; or `discover`, `discover:eth0`
 RESILIENT_NODE               what this host is called there; the host name if not set
 RESILIENT_STRIPE_FROM        bytes from which on a tensor is striped; smaller ones go over gloo
 RESILIENT_NET_STATUS         a folder into which each rank writes the state of its lanes, for `resilient net watch`
@@ -21,10 +21,11 @@ _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """`topology`: its description, "" for none. `stripe_from`: bytes."""
+    """`topology`: its description, "" for none. `master`: a host of the job. `stripe_from`: bytes."""
 
     topology: str = ""
     host: str = ""
+    master: str = "localhost"
     stripe_from: int = STRIPE_FROM
     status: str = ""
 
@@ -34,6 +35,7 @@ class Options:
         return cls(
             topology=environment.get("RESILIENT_TOPOLOGY", ""),
             host=environment.get("RESILIENT_NODE") or socket.gethostname(),
+            master=environment.get("MASTER_ADDR") or "localhost",
             stripe_from=_size(environment.get("RESILIENT_STRIPE_FROM") or str(STRIPE_FROM)),
             status=environment.get("RESILIENT_NET_STATUS", ""),
         )

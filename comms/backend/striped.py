@@ -4,6 +4,7 @@ Usable without a process group of its own: `Striped` needs lanes and the fabric 
 one after the other in the order in which they were called, which must be the same on all ranks.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +16,12 @@ from resilient.comms.collectives import choice, execute, fold, schedule
 from resilient.comms.collectives.fold import Reduction
 from resilient.comms.collectives.schedule import Region, Script
 from resilient.comms.fabric import Fabric
+from resilient.comms.flows import Flow
 from resilient.comms.lanes.engine import Lanes
-from resilient.comms.lanes.messages import Operation
-from resilient.errors import UsageError
+from resilient.comms.lanes.messages import POINT_TO_POINT, Operation, Transfer
+from resilient.errors import CollectiveFailed, UsageError
+
+_COUNTED_BITS = 34  # of an operation's number: messages between two ranks
 
 
 class Striped:
@@ -32,7 +36,10 @@ class Striped:
         self.lanes = lanes
         self._fabric = fabric
         self._worker = Worker(f"collectives-{lanes.rank}")
+        self._finisher = Worker(f"messages-{lanes.rank}")
         self._count = 0
+        self._messages: dict[tuple[int, int, int], int] = {}  # by source, target, tag
+        self._lock = threading.Lock()
 
     def all_reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Work:
         """In place. Any shape, the same on all ranks. Raises UsageError for a dtype that cannot be reduced so."""
@@ -100,6 +107,50 @@ class Striped:
             after=_copy_back(output, into),
         )
 
+    def send(self, tensor: Tensor, target: int, tag: int = 0) -> Work:
+        """To one rank. In no order with collectives; messages of one tag between two ranks keep theirs."""
+        flat = _flat(tensor)
+        operation = self._message(self.rank, target, tag, flat)
+        transfer = execute.send(self.lanes, operation, Flow(self.rank, target, flat.nbytes), tag, flat)
+        return self._awaited(transfer, flat, [tensor], None)
+
+    def receive(self, tensor: Tensor, source: int, tag: int = 0) -> Work:
+        """From one rank; of the size and dtype that it sends."""
+        flat = _flat(tensor)
+        transfer = execute.receive(self.lanes, self._message(source, self.rank, tag, flat), source, tag, flat)
+        return self._awaited(transfer, flat, [tensor], _copy_back(tensor, flat))
+
+    def _message(self, source: int, target: int, tag: int, flat: Tensor) -> Operation:
+        if not (0 <= source < self.size and 0 <= target < self.size) or source == target:
+            raise UsageError(f"a message from rank {source} to rank {target}: the group has ranks 0 to {self.size - 1}")
+        if not 0 <= tag < 1 << 32:
+            raise UsageError(f"tag {tag}: tags are numbers from 0 to {(1 << 32) - 1}")
+        with self._lock:
+            count = self._messages[source, target, tag] = self._messages.get((source, target, tag), 0) + 1
+        number = POINT_TO_POINT + ((source * self.size + target) << _COUNTED_BITS) + count % (1 << _COUNTED_BITS)
+        return Operation(number, f"message {count} of tag {tag} from rank {source} to {target}: {_said(flat)}")
+
+    def _awaited(
+        self, transfer: Transfer, flat: Tensor, result: list[Tensor], after: Callable[[], None] | None
+    ) -> Work:
+        """Not finished in the lanes' thread: whoever waits may do what takes a while."""
+        work = Work(result)
+
+        def done() -> None:
+            transfer.wait()
+            _ = flat  # must live until here
+            if after is not None:
+                after()
+
+        def call() -> None:
+            try:
+                self._finisher.put(partial(work.carry_out, done))
+            except CollectiveFailed as error:  # it is closed
+                work.finish(error)
+
+        transfer.add_done_callback(call)
+        return work
+
     def abort(self, reason: str) -> None:
         """Fail what is under way and all that comes later, on every rank."""
         self.lanes.abort(reason)
@@ -111,6 +162,7 @@ class Striped:
     def close(self) -> None:
         self._worker.close()
         self.lanes.close()
+        self._finisher.close()
 
     def _submit(
         self,

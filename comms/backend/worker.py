@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ class Work(dist.Work):
         self._error = error
         self._done.set()
         self._base.set_result(None)
+
+    def carry_out(self, call: Callable[[], None]) -> None:
+        """Call, and finish with what it raises."""
+        try:
+            call()
+        except Exception as error:
+            self.finish(error)
+        else:
+            self.finish()
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Blocks until it is done; `timeout` 0: as long as the group's. Raises CollectiveFailed, CollectiveMismatch."""
@@ -68,7 +78,7 @@ class Worker:
     """Runs calls in the order in which they were submitted. The thread starts with the first."""
 
     def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._lock = threading.Lock()
         self._closed = False
@@ -76,13 +86,17 @@ class Worker:
     def submit(self, call: Callable[[], None], tensors: list[torch.Tensor]) -> Work:
         """The call's exception becomes the work's. Raises CollectiveFailed after `close`."""
         work = Work(tensors)
+        self.put(partial(work.carry_out, call))
+        return work
+
+    def put(self, call: Callable[[], None]) -> None:
+        """The same for a call that raises nothing. Raises CollectiveFailed after `close`."""
         with self._lock:
             if self._closed:
                 raise CollectiveFailed("the process group is closed; make a new one")
             if not self._thread.is_alive():
                 self._thread.start()
-            self._calls.put((call, work))
-        return work
+            self._calls.put(call)
 
     def close(self) -> None:
         """Waits for a few seconds for what is under way. Again is nothing."""
@@ -93,12 +107,6 @@ class Worker:
             self._thread.join(_END_S)
 
     def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            call, work = item
-            try:
-                call()
-            except Exception as error:
-                work.finish(error)
-            else:
-                work.finish()
-            del item, call, work  # a thread that waits for its next call keeps nobody's tensors
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # a thread that waits for its next call keeps nobody's tensors

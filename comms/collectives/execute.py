@@ -14,7 +14,7 @@ import torch
 
 from resilient.comms.collectives.schedule import Region, Script, Turn
 from resilient.comms.fabric import Fabric, Link
-from resilient.comms.flows import Step
+from resilient.comms.flows import Flow, Step
 from resilient.comms.lanes.messages import Operation, Piece, Receive, Send, Transfer
 from resilient.comms.plan import plan_step
 
@@ -92,6 +92,18 @@ def _post(lanes: Lanes, job: Job, turn: Turn, tag: int, views: Mapping[str, memo
             receives.append(Receive(turn.flows[number].source, tag, view))
     operation = replace(job.operation, expected_s=planned.busy_s)
     return lanes.post(operation, sends, receives) if sends or receives else None
+
+
+def send(lanes: Lanes, operation: Operation, flow: Flow, tag: int, data: torch.Tensor) -> Transfer:
+    """One message, cut and placed as if it were alone. Does not block."""
+    planned = _planned(lanes.fabric, (flow,), data.itemsize, flow.source)
+    out = Send(flow.target, tag, _view(flat_bytes(data)), planned.pieces[0])
+    return lanes.post(replace(operation, expected_s=planned.busy_s), [out], [])
+
+
+def receive(lanes: Lanes, operation: Operation, source: int, tag: int, data: torch.Tensor) -> Transfer:
+    """The same at its other end."""
+    return lanes.post(operation, [], [Receive(source, tag, _view(flat_bytes(data)))])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from resilient.comms.lanes.messages import Name
 from resilient.comms.lanes.wire import HEADER, Header, Kind, unpack
 
 _MOST_READS = 64  # of one connection before others get their turn
@@ -22,7 +23,7 @@ class Connection:
         self.heard_at = time.monotonic()
         self.paused = False
         self.chunks_in = 0
-        self.announced: set[int] = set()  # operations
+        self.announced: set[Name] = set()  # operations
         self._out: deque[memoryview] = deque()
         self._raw = bytearray(HEADER.size)
         self._header: Header | None = None

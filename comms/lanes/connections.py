@@ -14,6 +14,7 @@ from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.doors import Doors
 from resilient.comms.lanes.loop import READ, WRITE, Loop
 from resilient.comms.lanes.meeting import Meeting
+from resilient.comms.lanes.messages import Name, name
 from resilient.comms.lanes.receiving import TooLong
 from resilient.comms.lanes.schedule import Chunk
 from resilient.comms.lanes.sending import Lane, Peer
@@ -30,7 +31,7 @@ class On:
 
     place: Callable[[Connection, Header], memoryview | None]
     take: Callable[[Connection, Header, bytes], None]
-    fingerprint: Callable[[int], str]
+    fingerprint: Callable[[Name], str]
     opened: Callable[[Connection], None]
     broken: Callable[[Connection, Exception], None]
     not_opened: Callable[[Lane, Exception], None]
@@ -216,9 +217,10 @@ class Connections:
     def _announce(self, lane: Lane, connection: Connection) -> None:
         """Say what the operations are that this lane is about to carry."""
         for chunk in lane.queue.waiting:
-            if chunk.operation not in connection.announced:
-                connection.announced.add(chunk.operation)
-                connection.put(frame(Kind.OPERATION, chunk.operation, self._on.fingerprint(chunk.operation).encode()))
+            key = name(chunk.operation, chunk.tag)
+            if key not in connection.announced:
+                connection.announced.add(key)
+                connection.put(frame(Kind.OPERATION, chunk.operation, self._on.fingerprint(key).encode(), key[1]))
 
     def _watch(self, connection: Connection) -> None:
         """Ask for what the connection waits for."""

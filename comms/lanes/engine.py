@@ -18,7 +18,7 @@ from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.connections import Connections, On
 from resilient.comms.lanes.failing import Awaited, Verdict, blame, gone
 from resilient.comms.lanes.meeting import Meeting, Store, read_failure, write_failure
-from resilient.comms.lanes.messages import Failure, Operation, Receive, Send, Transfer
+from resilient.comms.lanes.messages import POINT_TO_POINT, Failure, Name, Operation, Receive, Send, Transfer, name
 from resilient.comms.lanes.rates import RETURNED, Rates
 from resilient.comms.lanes.receiving import Receiver, TooLong
 from resilient.comms.lanes.schedule import Chunk, cut
@@ -54,14 +54,14 @@ class Lanes:
         self._receiver = Receiver()
         self._works = Works()
         self._verdict = Verdict()
-        self._fingerprints: dict[int, str] = {}
-        self._told: dict[int, dict[int, str]] = defaultdict(dict)  # fingerprints of operations that are still to come
+        self._fingerprints: dict[Name, str] = {}
+        self._told: dict[Name, dict[int, str]] = defaultdict(dict)  # fingerprints of operations that are still to come
         self._pongs: dict[int, tuple[int, bool]] = {}  # what each peer said: the last it began, whether it waits
         self._asked_at = 0.0
         on = On(
             place=self._place,
             take=self._take,
-            fingerprint=lambda operation: self._fingerprints.get(operation, ""),
+            fingerprint=lambda key: self._fingerprints.get(key, ""),
             opened=self._opened,
             broken=self._broken,
             not_opened=self._not_opened,
@@ -137,10 +137,12 @@ class Lanes:
             self._settle(time.monotonic())
             return
         number = operation.number
-        self._fingerprints[number] = operation.fingerprint
-        self._fingerprints.pop(number - _REMEMBERED, None)
-        for peer, text in self._told.pop(number, {}).items():
-            self._compare(number, peer, text)
+        tags = [send.tag for send in sends] + [receive.tag for receive in receives]
+        key = name(number, tags[0] if tags else 0)
+        self._fingerprints[key] = operation.fingerprint
+        self._fingerprints.pop((number - _REMEMBERED, key[1]), None)
+        for peer, text in self._told.pop(key, {}).items():
+            self._compare(key, peer, text)
         for receive in receives:
             try:
                 self._receiver.post(number, receive, lambda: self._one_less(work))
@@ -205,7 +207,7 @@ class Lanes:
             case Kind.ACK:
                 self._acknowledged(connection, header.operation)
             case Kind.OPERATION:
-                self._compare(header.operation, connection.peer, payload.decode(errors="replace"))
+                self._compare((header.operation, header.tag), connection.peer, payload.decode(errors="replace"))
             case Kind.PING:
                 connection.put(frame(Kind.PONG, self._works.last, tag=int(self._works.any())))
                 self._connections.write(connection)
@@ -232,17 +234,17 @@ class Lanes:
         if peer.busy and lane.queue.idle:
             self._connections.write(connection)  # it may help another
 
-    def _compare(self, number: int, peer: int, text: str) -> None:
+    def _compare(self, key: Name, peer: int, text: str) -> None:
         """Whether a peer means the same by an operation as we do."""
-        own = self._fingerprints.get(number)
+        own = self._fingerprints.get(key)
         if own is None:
-            self._told[number][peer] = text
+            self._told[key][peer] = text
         elif own != text:
             calls = sorted([(self.rank, own), (peer, text)])
-            self._mismatch(" and ".join(f"rank {rank} called {what}" for rank, what in calls), number)
+            self._mismatch(" and ".join(f"rank {rank} called {what}" for rank, what in calls), key[0])
 
     def _mismatch(self, text: str, number: int | None = None) -> None:
-        where = "" if number is None else f" as operation {number}"
+        where = "" if number is None or number >= POINT_TO_POINT else f" as operation {number}"
         rule = "all ranks of a group must call the same collectives in the same order, with the same sizes and types"
         self._fail(Failure("mismatch", f"{text}{where}; {rule}"))
 

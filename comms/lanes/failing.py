@@ -7,7 +7,7 @@ what it has heard within SETTLE_S, which is far longer than a message takes. So 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resilient.comms.lanes.messages import Failure
+from resilient.comms.lanes.messages import POINT_TO_POINT, Failure
 
 SETTLE_S = 0.05
 _WORST_FIRST = ("gone", "mismatch", "late", "aborted")
@@ -63,7 +63,7 @@ def blame(operation: int, awaited: Sequence[Awaited], timeout_s: float, silent_s
         if one.silent_s > silent_s:
             text = "it has been silent on all its lanes"
             return gone(one.rank, one.host, text)
-    for one in awaited:
+    for one in awaited if operation < POINT_TO_POINT else ():
         if one.begun is not None and one.begun < operation and not one.waits:
             text = f"rank {one.rank} ({one.host}) has not come to operation {one.begun + 1} within {timeout_s:g} s"
             return Failure("late", text, one.rank, one.host)

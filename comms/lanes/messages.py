@@ -17,6 +17,9 @@ from resilient.errors import (
 Piece = tuple[int, int, int]  # path, begin, end
 
 
+POINT_TO_POINT = 1 << 62  # numbers from here on: operations of two ranks, which are in no order with the others
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """`number` counts a group's operations, from 1; `fingerprint`: what all ranks must agree on (kind, bytes, dtype).
@@ -27,6 +30,14 @@ class Operation:
     number: int
     fingerprint: str
     expected_s: Mapping[int, float] = field(default_factory=dict)
+
+
+Name = tuple[int, int]
+
+
+def name(operation: int, tag: int) -> Name:
+    """What fingerprints are known by: messages between two ranks of different tags may have one number."""
+    return operation, tag if operation >= POINT_TO_POINT else 0
 
 
 @dataclass(frozen=True, slots=True)

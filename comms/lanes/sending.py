@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from resilient.comms.lanes.connection import Connection
+from resilient.comms.lanes.messages import POINT_TO_POINT
 from resilient.comms.lanes.schedule import Chunk, Queue, help_late, spread
 from resilient.comms.lanes.window import LEAST, UNSEEN, Seen, apply, resized, seen
 from resilient.comms.lanes.wire import Header, Kind, frame
@@ -115,10 +116,13 @@ class Peer:
                 self._arrived(lane, chunk)
 
     def left(self, last: int) -> None:
-        """The peer has gone, and says that it had all that operations up to `last` were to bring it."""
+        """The peer has gone, and says that it had all that operations up to `last` were to bring it.
+
+        It would not have gone while it waited for a message to it alone.
+        """
         for lane in self.lanes:
             for chunk in lane.queue.empty():
-                if chunk.operation <= last:
+                if chunk.operation <= last or chunk.operation >= POINT_TO_POINT:
                     self._arrived(lane, chunk)
                 else:
                     lane.queue.waiting.append(chunk)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from resilient.comms.lanes.messages import Failure, Operation, Transfer
+from resilient.comms.lanes.messages import POINT_TO_POINT, Failure, Operation, Transfer
 
 _MEASURED_BYTES = 1 << 16  # on a lane in one operation: less says nothing about its rate,
 _MEASURED_S = 0.002  # and neither does what is over before a thread has woken up
@@ -39,14 +39,15 @@ class Work:
 
 
 class Works:
-    """All that is under way in a group. `last`: the highest operation so far."""
+    """All that is under way in a group. `last`: the highest operation of all ranks so far."""
 
     def __init__(self) -> None:
         self.last = 0
         self._works: dict[Work, None] = {}
 
     def add(self, work: Work) -> None:
-        self.last = max(self.last, work.operation.number)
+        if work.operation.number < POINT_TO_POINT:
+            self.last = max(self.last, work.operation.number)
         self._works[work] = None
 
     def one_less(self, work: Work) -> bool:

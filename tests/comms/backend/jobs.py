@@ -144,6 +144,8 @@ def in_every_manner() -> None:
         box = torch.zeros(LARGE)
         dist.recv(box, 0, group=ours)
         assert float(box[-1]) == 3.0
+        assert "name the source" in caught(UsageError, lambda: dist.recv(box, group=ours))
+    _passed_around(ours)
 
     summed = functional.all_reduce(torch.full((LARGE,), 1.0), "sum", ours)
     assert float(summed[0]) == size
@@ -162,6 +164,20 @@ def in_every_manner() -> None:
         assert float(one[0]) == size + 1
     dist.barrier()
     dist.destroy_process_group(ours)
+
+
+def _passed_around(ours: Any) -> None:
+    """Messages both ways at once, of two tags, the later ones received first; one of them is not contiguous."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    after, before = (rank + 1) % size, (rank - 1) % size
+    boxes = [torch.zeros(600, 800).t(), torch.zeros(LARGE), torch.zeros(4)]
+    sent = [torch.full((800, 600), float(rank)), torch.full((LARGE,), rank + 0.5), torch.full((4,), rank + 0.25)]
+    works = [dist.irecv(box, before, group=ours, tag=tag) for tag, box in reversed(list(enumerate(boxes)))]
+    works += [dist.isend(tensor, after, group=ours, tag=tag) for tag, tensor in enumerate(sent)]
+    for work in works:
+        assert work is not None
+        work.wait()
+    assert [float(box.reshape(-1)[-1]) for box in boxes] == [before, before + 0.5, before + 0.25]
 
 
 def compiled() -> None:
