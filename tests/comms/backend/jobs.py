@@ -1,5 +1,6 @@
 """What the ranks of the backend's tests do: bodies for `tests.multiprocess.ranks.run`, in processes of their own."""
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -331,6 +332,27 @@ def _failure(ours: Any) -> Exception | None:
     caught(CollectiveFailed, work.wait)
     error: Exception | None = work.exception()
     return error
+
+
+def as_the_default_group() -> None:
+    """By both of its names, one after the other, with torchrun's way of meeting; then after a failure."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    folder = os.environ["RESILIENT_TOPOLOGY"] + ".stores"
+    os.makedirs(folder, exist_ok=True)
+    for turn, name in enumerate(("resilient", "cpu:resilient", "resilient")):
+        dist.destroy_process_group()
+        store = dist.FileStore(f"{folder}/{turn}", size)
+        dist.init_process_group(name, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+        assert dist.group.WORLD is not None
+        tensor = torch.ones(LARGE)
+        dist.all_reduce(tensor)
+        assert float(tensor[0]) == size
+        assert striped_bytes(dist.group.WORLD) > LARGE
+        if turn == 1:
+            dist.barrier()
+            if rank == 0:
+                dist.group.WORLD.abort()
+            caught(CollectiveFailed, lambda: dist.all_reduce(torch.ones(LARGE)))
 
 
 def refused() -> str:

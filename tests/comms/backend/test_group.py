@@ -81,6 +81,10 @@ def test_a_group_that_was_aborted_can_be_made_again(hosts: Topology) -> None:
     assert "rank 1 (host1) has aborted" in texts[0]
 
 
+def test_it_can_be_the_default_group_and_be_made_again(hosts: Topology) -> None:
+    run(jobs.as_the_default_group, 2, hosts(2))
+
+
 # -- where lanes do not pay --------------------------------------------------------------
 
 
