@@ -29,6 +29,9 @@ from typing import Self, TypeVar
 TOOLS = ("ip", "tc", "nsenter", "setpriv")
 TIMED_OUT = 124
 _CLONE_NEWNET = 0x40000000
+# The kernel kills what was started when its parent dies, from the moment on that it was asked to; who died before that
+# is no longer the parent.
+_UNLESS_ORPHAN = ("sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"')
 _POLL_S = 0.02
 _END_S = 10.0
 
@@ -46,13 +49,13 @@ def can_make_namespaces() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """What to run in which namespace. `user`: a number to give up root for; `env` is put over this process's own."""
+    """What to run in which namespace. `bare`: with none of root's capabilities; `env` is put over this process's own."""
 
     name: str
     space: str
     command: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    user: int | None = None
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +107,11 @@ class Job:
 
     def _start(self, program: Program) -> "subprocess.Popen[bytes]":
         drop = ["setpriv", "--pdeathsig", "KILL"]
-        if program.user is not None:
-            drop += ["--reuid", str(program.user), "--regid", str(program.user), "--clear-groups"]
+        if program.bare:
+            drop += ["--bounding-set=-all", "--inh-caps=-all"]
         with self._log(program.name).open("wb") as log:
             return subprocess.Popen(
-                [*self._prefixes[program.space], *drop, "--", *program.command],
+                [*self._prefixes[program.space], *drop, "--", *_UNLESS_ORPHAN, str(os.getpid()), *program.command],
                 env={**os.environ, **program.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -20,6 +20,7 @@ from resilient.launch.cli.doctor import doctor
 from resilient.launch.cli.keeping import prune, repair
 from resilient.launch.cli.look import inspect, ls
 from resilient.launch.cli.mpi import mpi
+from resilient.launch.cli.net import net
 from resilient.launch.cli.output import Enough, Exit, exit_code, remark
 from resilient.launch.cli.running import rendezvous, run
 from resilient.launch.cli.slurm import slurm
@@ -39,7 +40,7 @@ def resilient(debug: bool) -> None:
     """
 
 
-for _command in (agent, ls, inspect, verify, diff, convert, repair, prune, mpi, doctor, rendezvous, run, slurm):
+for _command in (agent, ls, inspect, verify, diff, convert, repair, prune, mpi, doctor, net, rendezvous, run, slurm):
     resilient.add_command(_command)
 
 

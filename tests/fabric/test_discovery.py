@@ -13,7 +13,6 @@ from resilient.comms.topology import Topology, parse
 from tests.fabric.test_execution import Up
 
 ROOT = Path(__file__).resolve().parents[2]
-NOBODY = 65534
 MEET = """
 import json, os, time
 from datetime import timedelta
@@ -46,12 +45,12 @@ def built(fabric: Fabric) -> Topology:
     return parse(tomllib.loads(fabric.topology()), "built")
 
 
-@pytest.mark.parametrize(("leaves", "spines", "hosts", "user"), [(2, 4, 4, NOBODY), (3, 2, 3, None)])
+@pytest.mark.parametrize(("leaves", "spines", "hosts", "bare"), [(2, 4, 4, True), (3, 2, 3, False)])
 def test_leaves_and_spines_are_found_as_they_were_built(
-    leaves: int, spines: int, hosts: int, user: int | None, up: Up
+    leaves: int, spines: int, hosts: int, bare: bool, up: Up
 ) -> None:
     fabric = up(LeafSpine(leaves=leaves, spines=spines, hosts=hosts))
-    found, (_, known, reason, took) = met(fabric, user=user)
+    found, (_, known, reason, took) = met(fabric, bare=bare)
     wanted = built(fabric)
     assert (known, reason) == ("flow", "every path has answered")
     assert [path.hops for path in found.paths] == [path.hops for path in wanted.paths]

@@ -161,10 +161,45 @@ OWNER = """
 import sys, time
 sys.path.append(sys.argv[1])
 from examples.fabric import LeafSpine
-with LeafSpine() as fabric, fabric.launch([sys.executable, "-c", "import time; time.sleep(600)"]) as job:
+sleep = "import time; print('here', flush=True); time.sleep(600)"
+with LeafSpine() as fabric, fabric.launch([sys.executable, "-c", sleep]) as job:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not all("here" in job.output(name) for name in job.processes):
+        time.sleep(0.02)
     print(*(process.pid for process in job.processes.values()), flush=True)
     time.sleep(600)
 """
+
+# Who is killed while it starts programs has started some of them whom nobody has told yet to end with it.
+HASTY = """
+import os, sys
+sys.path.append(sys.argv[1])
+from examples.netns import Namespaces, Program
+with Namespaces() as spaces:
+    spaces.make(["a"])
+    command = [sys.executable, "-c", "import time; time.sleep(600)", sys.argv[2]]
+    with spaces.launch([Program(name=str(number), space="a", command=command) for number in range(4)]):
+        os.kill(os.getpid(), 9)
+"""
+
+
+def test_nothing_is_left_of_programs_whose_owner_dies_while_they_start(
+    up: Up, eventually: Callable[..., None], tmp_path: Path
+) -> None:
+    up(LeafSpine())  # skips where there are none
+    subprocess.run([sys.executable, "-c", HASTY, str(ROOT), str(tmp_path)], timeout=60)
+
+    def running() -> bool:
+        return any(str(tmp_path).encode() in _words(entry) for entry in Path("/proc").glob("[0-9]*/cmdline"))
+
+    eventually(lambda: not running(), "the programs end with their owner")
+
+
+def _words(entry: Path) -> bytes:
+    try:
+        return entry.read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def test_nothing_is_left_of_a_network_whose_owner_was_killed(up: Up, eventually: Callable[..., None]) -> None:

@@ -12,7 +12,6 @@ from examples.fabric import LeafSpine
 
 Up = Callable[[Any], Any]
 ROOT = Path(__file__).resolve().parents[2]
-NOBODY = 65534
 PORTS = range(23000, 23008)
 LISTEN = """
 import socket
@@ -49,24 +48,24 @@ except OSError as error:
 """
 
 
-def probed(fabric: LeafSpine, ports: list[int], user: int | None = None) -> list[str | None]:
+def probed(fabric: LeafSpine, ports: list[int], bare: bool = False) -> list[str | None]:
     words = [sys.executable, "-P", "-m", "tests.fabric.worker", "probes", fabric.address(1), *map(str, ports)]
-    outcome = fabric.run(words, hosts=[0], env={"PYTHONPATH": str(ROOT)}, user=user).check()
+    outcome = fabric.run(words, hosts=[0], env={"PYTHONPATH": str(ROOT)}, bare=bare).check()
     hops: list[str | None] = json.loads(outcome.outputs["0"])["hops"]
     return hops
 
 
-@pytest.mark.parametrize("user", [None, NOBODY], ids=["root", "anybody"])
-def test_what_a_probe_says_is_where_the_bytes_go(up: Up, user: int | None) -> None:
+@pytest.mark.parametrize("bare", [False, True], ids=["root", "anybody"])
+def test_what_a_probe_says_is_where_the_bytes_go(up: Up, bare: bool) -> None:
     fabric = up(LeafSpine(rate="400mbit"))
     ports = list(PORTS)
-    said = probed(fabric, ports, user)
+    said = probed(fabric, ports, bare)
     spines = [int(str(hop).rsplit(".", 1)[1]) // 4 for hop in said]
     assert len(set(spines)) > 1
     with fabric.launch([sys.executable, "-c", LISTEN], hosts=[1]) as server:
         for port, spine in zip(ports, spines, strict=True):
             before = fabric.counters()
-            fabric.run([sys.executable, "-c", SEND, fabric.address(1), str(port)], hosts=[0], user=user).check()
+            fabric.run([sys.executable, "-c", SEND, fabric.address(1), str(port)], hosts=[0], bare=bare).check()
             after = fabric.counters()
             carried = [after["up", 0, path] - before["up", 0, path] for path in range(4)]
             assert carried[spine] > 200_000
