@@ -15,6 +15,7 @@ from resilient.comms.collectives.schedule import Region, Script
 from resilient.comms.fabric import Fabric
 
 STEP_S = 0.001  # of each step: a guess
+_MOST_DIRECT = 64  # ranks: beyond, connections to everybody cost more than steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,22 +36,30 @@ def quickest(fabric: Fabric, candidates: Sequence[Script]) -> tuple[Script, Deci
 
 @lru_cache(maxsize=256)
 def reduce_scatter(fabric: Fabric, rank: int, at: tuple[int, ...], output: Region) -> tuple[Script, Decision]:
-    """Around a ring, or direct."""
+    """Around a ring, direct, or by halves."""
     order = schedule.ring_order(fabric.leaf_of)
-    return quickest(
-        fabric,
-        [
-            schedule.ring_reduce_scatter(order, rank, at, output),
-            schedule.direct_reduce_scatter(order, rank, at, output),
-        ],
-    )
+    candidates = [schedule.ring_reduce_scatter(order, rank, at, output)]
+    if len(order) <= _MOST_DIRECT:
+        candidates.append(schedule.direct_reduce_scatter(order, rank, at, output))
+    if _is_power_of_two(len(order)):
+        candidates.append(schedule.halving_reduce_scatter(len(order), rank, at, output))
+    return quickest(fabric, candidates)
 
 
 @lru_cache(maxsize=256)
 def all_gather(fabric: Fabric, rank: int, at: tuple[int, ...]) -> tuple[Script, Decision]:
-    """Around a ring, or direct."""
+    """Around a ring, direct, or by doubling."""
     order = schedule.ring_order(fabric.leaf_of)
-    return quickest(fabric, [schedule.ring_all_gather(order, rank, at), schedule.direct_all_gather(order, rank, at)])
+    candidates = [schedule.ring_all_gather(order, rank, at)]
+    if len(order) <= _MOST_DIRECT:
+        candidates.append(schedule.direct_all_gather(order, rank, at))
+    if _is_power_of_two(len(order)):
+        candidates.append(schedule.doubling_all_gather(len(order), rank, at))
+    return quickest(fabric, candidates)
+
+
+def _is_power_of_two(count: int) -> bool:
+    return count > 2 and not count & (count - 1)
 
 
 @lru_cache(maxsize=256)

@@ -5,14 +5,15 @@ of all ranks, which is what the planner needs; `sends` and `receives` name this 
 Buffers have names, and a region is bytes of one: "input", "output", and "spare" for what is on its way. How a script is
 carried out stands in `execute.py`, which of several is taken in `choice.py`.
 
-    reduce-scatter   around a ring (Patarasuk and Yuan, 2009), or direct: everybody sends each part to its owner
-    all-gather       around a ring, or direct
+    reduce-scatter   around a ring (Patarasuk and Yuan, 2009), direct (everybody sends each part to its owner), or by
+                     halves (Rabenseifner, 2004)
+    all-gather       around a ring, direct, or by doubling
     all-reduce       a reduce-scatter and an all-gather of the same parts
     all-to-all       direct
     broadcast        down a binomial tree, or scattered and gathered (van de Geijn)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from resilient.comms.flows import Flow, Step, bounds, tree_broadcast
@@ -148,6 +149,57 @@ def direct_all_gather(order: Sequence[int], rank: int, at: Sequence[int]) -> Scr
     sends = {number: regions[number] for number, flow in own.items() if flow.source == rank}
     receives = {number: regions[number] for number, flow in own.items() if flow.target == rank}
     return Script(name="direct", turns=(Turn(flows=flows, sends=sends, receives=receives),))
+
+
+def halving_reduce_scatter(ranks: int, rank: int, at: Sequence[int], output: Region) -> Script:
+    """The same in log2(ranks) steps, which must be a power of two: halves are exchanged at ever smaller distances."""
+    half = max(at[ranks // 2], at[-1] - at[ranks // 2])
+    turns: list[Turn] = []
+    distance = ranks // 2
+    base = at[rank // distance * distance]  # of what is kept of the first step, which lies at the beginning of "spare"
+    while distance:
+        own, other = rank // distance * distance, (rank ^ distance) // distance * distance
+        flows = _exchange(ranks, distance, at, lambda there, far: there // far * far)
+        into = Region("spare", at[own] - base, at[own + distance] - base)
+        arrived = Region("spare", half, half + into.nbytes)
+        first, last = not turns, distance == 1
+        kept = Region("input", at[own], at[own + distance]) if first else into
+        held, back = ("input", 0) if first else ("spare", base)
+        sent = Region(held, at[other] - back, at[other + distance] - back)
+        turns.append(
+            Turn(
+                flows=flows,
+                sends={rank: sent},
+                receives={rank ^ distance: arrived},
+                folds=(Fold(output if last else into, (kept, arrived), last),),
+            )
+        )
+        distance //= 2
+    return Script(name="halving", turns=tuple(turns), spare=2 * half)
+
+
+def doubling_all_gather(ranks: int, rank: int, at: Sequence[int]) -> Script:
+    """The same in log2(ranks) steps, which must be a power of two: what each has doubles."""
+    turns = []
+    distance = 1
+    while distance < ranks:
+        own, other = rank // distance * distance, (rank ^ distance) // distance * distance
+        flows = _exchange(ranks, distance, at, lambda there, far: (there ^ far) // far * far)
+        turns.append(
+            Turn(
+                flows=flows,
+                sends={rank: Region("output", at[own], at[own + distance])},
+                receives={rank ^ distance: Region("output", at[other], at[other + distance])},
+            )
+        )
+        distance *= 2
+    return Script(name="doubling", turns=tuple(turns))
+
+
+def _exchange(ranks: int, distance: int, at: Sequence[int], of: Callable[[int, int], int]) -> Step:
+    """Flow r begins at rank r, and carries `distance` parts, from number `of(target, distance)` on."""
+    begins = [of(one ^ distance, distance) for one in range(ranks)]
+    return tuple(Flow(one, one ^ distance, at[b + distance] - at[b]) for one, b in enumerate(begins))
 
 
 def tree(ranks: int, rank: int, nbytes: int, root: int) -> Script:

@@ -16,7 +16,7 @@ from resilient.comms.lanes.messages import Operation
 from resilient.errors import CollectiveFailed, CollectiveMismatch
 from tests.comms.lanes.loopback import RATE, group, on_all
 
-SIZES = [2, 3, 4]
+SIZES = [2, 3, 4, 8]
 DTYPES = [torch.float32, torch.bfloat16, torch.int64]
 COUNTS = [1, 7, 100_001]
 REDUCTIONS: list[Reduction] = ["sum", "avg", "product", "min", "max"]
@@ -73,7 +73,9 @@ def test_reductions_equal_plain_ones_and_themselves_to_the_bit(size: int, dtype:
     item, tolerance = dtype.itemsize, TOLERANCE[dtype]
     fabric = multi_plane(hosts=size, rates=[RATE] * 2)
     order = schedule.ring_order(fabric.leaf_of)
-    scripts = (schedule.ring_reduce_scatter, schedule.direct_reduce_scatter)
+    ring, direct = (partial(made, order) for made in (schedule.ring_reduce_scatter, schedule.direct_reduce_scatter))
+    halving = [partial(schedule.halving_reduce_scatter, size)] if size in (2, 4, 8) else []
+    scripts = [ring, direct, *halving]
 
     def body(rank: Rank) -> None:
         for count in COUNTS:
@@ -89,7 +91,7 @@ def test_reductions_equal_plain_ones_and_themselves_to_the_bit(size: int, dtype:
                     outputs = []
                     for _ in range(2):
                         given, output = inputs[rank.rank].clone(), torch.empty(own.stop - own.start, dtype=dtype)
-                        script = made(order, rank.rank, at, Region("output", 0, output.nbytes))
+                        script = made(rank.rank, at, Region("output", 0, output.nbytes))
                         rank.run(script, {"input": given, "output": output}, item, reduction)
                         assert torch.equal(given, inputs[rank.rank])
                         torch.testing.assert_close(output.to(wanted.dtype), wanted[own], rtol=exact, atol=exact)
@@ -115,10 +117,13 @@ def test_what_is_gathered_broadcast_or_exchanged_is_what_was_there(size: int, dt
             at = tuple(schedule.parts(count * item, size, item))
             whole = values(0, count, dtype, count)
             own = slice(at[me] // item, at[me + 1] // item)
-            for gather in (schedule.ring_all_gather, schedule.direct_all_gather):
+            gathers = [schedule.ring_all_gather(order, me, at), schedule.direct_all_gather(order, me, at)]
+            if size in (2, 4, 8):
+                gathers.append(schedule.doubling_all_gather(size, me, at))
+            for gather in gathers:
                 output = torch.zeros(count, dtype=dtype)
                 output[own] = whole[own]
-                rank.run(gather(order, me, at), {"output": output}, item)
+                rank.run(gather, {"output": output}, item)
                 assert torch.equal(output, whole)
             for root in range(size):
                 scattered = schedule.scatter(size, me, at, root)
@@ -201,6 +206,10 @@ def test_small_tensors_take_the_fewest_steps_and_large_ones_the_least_bytes_betw
     racks = leaf_spine(leaves=2, spines=4, hosts=4, rate=1e9, nic=1e10)
     assert chosen(racks, 8 * 1024) == "direct"
     assert chosen(racks, 1 << 30) == "ring"  # each leaf's bytes cross once, not once for each rank behind
+
+
+def test_many_ranks_take_few_steps_where_steps_are_what_costs() -> None:
+    assert chosen(leaf_spine(leaves=8, spines=4, hosts=16, rate=1e9), 1 << 20) == "doubling"
 
 
 def test_all_ranks_choose_alike() -> None:
