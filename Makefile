@@ -16,7 +16,7 @@ INPUTS = pyproject.toml setup.py constraints.txt
 # Without this, `import kernels` in another project's package would find the folder of that name in the checkout.
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo test lint pytest bench test-gpu bench-gpu clean
+.PHONY: help demo test lint pytest bench bench-net test-gpu bench-gpu clean
 
 help:
 	@echo "make demo       kill a training run in the middle, and watch it come back"
@@ -24,6 +24,7 @@ help:
 	@echo "make lint       style, types (mypy and pyright), and who may import whom"
 	@echo "make pytest     the tests alone; ARGS='-k words' for some of them"
 	@echo "make bench      the benchmarks; ARGS=--quick for a short look"
+	@echo "make bench-net  collectives in emulated networks; needs root"
 	@echo "make test-gpu   the tests that need a GPU, with the torch that \$$(PYTHON) has"
 	@echo "make bench-gpu  the benchmarks, with the torch that \$$(PYTHON) has"
 	@echo "make clean      remove the virtual environment and all that was built"
@@ -45,6 +46,9 @@ pytest: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python bench/run.py $(ARGS)
+
+bench-net: $(VENV)/test.stamp
+	$(BIN)/python bench/run.py net $(ARGS)
 
 # A machine with a GPU brings its own torch, and perhaps few of our test tools: nothing is installed, and pytest gets
 # its settings here, because those in pyproject.toml name plugins.

@@ -27,6 +27,8 @@ NAMES = (
     "transport",
     "codec",
     "flow_placement",
+    "overlap",
+    "net",
     "catalog",
     "conversion",
     "parity",

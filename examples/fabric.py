@@ -167,7 +167,7 @@ class Fabric(ABC):
         per_host: int = 1,
         hosts: Sequence[int] | None = None,
         env: Mapping[str, str] | None = None,
-        user: int | None = None,
+        bare: bool = False,
     ) -> Job:
         """`per_host` processes a host, called by their ranks, with RANK and the rest set as torchrun does."""
         chosen = list(range(self.hosts)) if hosts is None else list(hosts)
@@ -183,7 +183,7 @@ class Fabric(ABC):
                     "WORLD_SIZE": str(len(chosen) * per_host),
                     **(env or {}),
                 },
-                user=user,
+                bare=bare,
             )
             for place, host in enumerate(chosen)
             for local in range(per_host)
@@ -197,11 +197,11 @@ class Fabric(ABC):
         per_host: int = 1,
         hosts: Sequence[int] | None = None,
         env: Mapping[str, str] | None = None,
-        user: int | None = None,
+        bare: bool = False,
         timeout_s: float = 60.0,
     ) -> Outcome:
         """The same, waited for."""
-        with self.launch(command, per_host=per_host, hosts=hosts, env=env, user=user) as job:
+        with self.launch(command, per_host=per_host, hosts=hosts, env=env, bare=bare) as job:
             return job.wait(timeout_s)
 
     def torchrun(

@@ -49,7 +49,7 @@ def can_make_namespaces() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """What to run in which namespace. `bare`: with none of root's capabilities; `env` is put over this process's own."""
+    """What to run in which namespace. `bare`: without capabilities; `env` is put over this process's own."""
 
     name: str
     space: str

@@ -24,9 +24,9 @@ __all__ = ["Policy", "parse_bytes"]
 
 PREFIX = "RESILIENT_"
 # Variables of ours that are not keys of the policy; each is read where its name says.
-OTHER_VARIABLES = frozenset(
-    {f"{PREFIX}{name}" for name in ("POLICY", "RUNTIME_DIR", "TOKEN", "NODE", "LOG", "EVENTS", "AGENT_STEP")}
-)
+_OTHERS = ("POLICY", "RUNTIME_DIR", "CACHE_DIR", "TOKEN", "LAUNCH", "NODE", "LOG", "EVENTS", "AGENT_STEP")
+_OF_COLLECTIVES = ("TOPOLOGY", "STRIPE_FROM", "NET_STATUS")
+OTHER_VARIABLES = frozenset(f"{PREFIX}{name}" for name in (*_OTHERS, *_OF_COLLECTIVES))
 
 _PARITY = re.compile(r"([1-9]\d*)\+([1-9]\d*)", re.ASCII)
 _RANDOM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
@@ -114,15 +114,16 @@ class Policy:
         names = getattr(self, key)
         return () if names is None else _signals(names)
 
-    def budget_bytes(self, image_bytes: int) -> int:
+    def budget_bytes(self, image_bytes: int, sizes: tuple[int, int] | None = None) -> int:
         """The memory that one rank's images may take, in bytes, for images of `image_bytes`.
 
         What is left of the budget for images when each needs m / k of its size for parity too. Without a stated budget
-        that is two images and 5 % on top. It need not hold an image: that is for the caller to compare.
+        that is two images and 5 % on top. It need not hold an image: that is for the caller to compare. `sizes`: k and
+        m of the parity group that there is, which in a small job is smaller than the policy's.
         """
         if self.memory_budget is None:
             return -(-2 * image_bytes * 105 // 100)
-        k, m = self.parity_sizes() or (1, 0)
+        k, m = sizes or self.parity_sizes() or (1, 0)
         return parse_bytes(self.memory_budget) * k // (k + m)
 
     def run_identity(self, url: str, environment: Mapping[str, str]) -> str:

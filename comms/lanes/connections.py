@@ -26,11 +26,13 @@ CLOSING_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class On:
-    """What the engine does. `place` and `take` as for `Connection.read`; `fingerprint` of an operation; `opened` and
-    `broken` a connection; `not_opened` a lane; `empty`: a rank's process has ended; `arrived`: the peer has a chunk."""
+    """What the engine does. `place` and `take` as for `Connection.read`; `rates` of the paths to a rank; `fingerprint`
+    of an operation; `opened` and `broken` a connection; `not_opened` a lane; `empty`: a rank's process has ended;
+    `arrived`: the peer has a chunk."""
 
     place: Callable[[Connection, Header], memoryview | None]
     take: Callable[[Connection, Header, bytes], None]
+    rates: Callable[[int], Sequence[float]]
     fingerprint: Callable[[Name], str]
     opened: Callable[[Connection], None]
     broken: Callable[[Connection, Exception], None]
@@ -49,7 +51,7 @@ class Connections:
         self.silent = False
         self.peers: dict[int, Peer] = {}
         self.incoming: dict[int, list[Connection]] = defaultdict(list)
-        self._paths, self._listening, self._on = wiring.paths, list(listening), on
+        self._listening, self._on = list(listening), on
         self.loop = Loop(
             f"lanes-{meeting.name}-{meeting.rank}",
             ready=self._ready,
@@ -77,7 +79,7 @@ class Connections:
 
     def peer(self, rank: int) -> Peer:
         if rank not in self.peers:
-            self.peers[rank] = Peer(rank, self._paths, self.doors.open, self._on.arrived)
+            self.peers[rank] = Peer(rank, self._on.rates(rank), self.doors.open, self._on.arrived)
         return self.peers[rank]
 
     def busy(self) -> set[int]:

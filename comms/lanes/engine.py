@@ -19,7 +19,7 @@ from resilient.comms.lanes.connections import Connections, On
 from resilient.comms.lanes.failing import Awaited, Verdict, blame, gone
 from resilient.comms.lanes.meeting import Meeting, Store, read_failure, write_failure
 from resilient.comms.lanes.messages import POINT_TO_POINT, Failure, Name, Operation, Receive, Send, Transfer, name
-from resilient.comms.lanes.rates import RETURNED, Rates
+from resilient.comms.lanes.rates import RETURNED, Rates, rates_between
 from resilient.comms.lanes.receiving import Receiver, TooLong
 from resilient.comms.lanes.schedule import Chunk, cut
 from resilient.comms.lanes.sending import Lane
@@ -61,6 +61,7 @@ class Lanes:
         on = On(
             place=self._place,
             take=self._take,
+            rates=lambda rank: rates_between(fabric, self.rank, rank),
             fingerprint=lambda key: self._fingerprints.get(key, ""),
             opened=self._opened,
             broken=self._broken,

@@ -132,3 +132,9 @@ def _tried(nominal: Fabric, found: Fabric, one: int, other: int) -> Fabric:
         up=(*found.up[:one], up, *found.up[one + 1 :]),
         down=(*found.down[:other], down, *found.down[other + 1 :]),
     )
+
+
+def rates_between(fabric: Fabric, one: int, other: int) -> tuple[float, ...]:
+    """Of each path from one rank to another, in bytes a second."""
+    up, down = fabric.up[fabric.leaf_of[one]], fabric.down[fabric.leaf_of[other]]
+    return tuple(min(rates) for rates in zip(up, down, strict=True))

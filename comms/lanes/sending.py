@@ -11,7 +11,7 @@ from enum import Enum
 from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.messages import POINT_TO_POINT
 from resilient.comms.lanes.schedule import Chunk, Queue, help_late, spread
-from resilient.comms.lanes.window import LEAST, UNSEEN, Seen, apply, resized, seen
+from resilient.comms.lanes.window import LEAST, UNSEEN, Seen, apply, first, resized, seen
 from resilient.comms.lanes.wire import Header, Kind, frame
 
 SUSPECT_S = 1.0
@@ -48,13 +48,21 @@ class Lane:
 
 
 class Peer:
-    """All lanes to one peer. `open_lane` starts opening one, in the background; owned by the lanes' thread."""
+    """All lanes to one peer, over paths of `rates`, in bytes a second. Owned by the lanes' thread.
+
+    `open_lane` starts opening one, in the background.
+    """
 
     def __init__(
-        self, rank: int, paths: int, open_lane: Callable[[int, int], None], arrived: Callable[[Lane, Chunk], None]
+        self,
+        rank: int,
+        rates: Sequence[float],
+        open_lane: Callable[[int, int], None],
+        arrived: Callable[[Lane, Chunk], None],
     ) -> None:
         self.rank = rank
-        self.lanes = [Lane(rank, path) for path in range(paths)]
+        self._rates = rates
+        self.lanes = [Lane(rank, path) for path in range(len(rates))]
         self._open_lane = open_lane
         self._arrived = arrived
 
@@ -74,8 +82,8 @@ class Peer:
         lane = self.lanes[path]
         lane.connection, lane.state, lane.moved_at, lane.retry_s = connection, State.OPEN, now, FIRST_RETRY_S
         lane.queue.began = now
-        lane.window = LEAST
-        apply(connection.sock, LEAST)
+        lane.window = first(self._rates[path])
+        apply(connection.sock, lane.window)
         return lane
 
     def died(self, lane: Lane, now: float) -> None:

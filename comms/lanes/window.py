@@ -1,7 +1,8 @@
 """How many bytes a lane may have on its way: enough to keep its path busy, too few to fill switches' buffers.
 
 TCP fills the buffers until they overflow, and a collective then waits for what was lost, 200 ms for the last bytes of a
-message (RFC 6298). A lane's share is planned, so it need not probe: its send buffer is small, and grows only while the
+message (RFC 6298). A lane's share is planned, so it need not probe: its send buffer is small (what its path carries in
+the few milliseconds in which a busy machine may not wake the lanes' thread), and grows only while the
 round trip shows that nothing queues. Linux tells the round trips (`TCP_INFO`, tcp(7)).
 """
 
@@ -10,7 +11,9 @@ import struct
 from dataclasses import dataclass
 
 LEAST = 1 << 16
+MOST_AT_FIRST = 1 << 18
 MOST = 1 << 22
+_UNTENDED_S = 0.005
 _QUEUEING = 2.0  # a round trip so many times the shortest one waits in buffers
 _FULL = 4.0
 _INFO = struct.Struct("@8B24I4Q4I")  # struct tcp_info as far as tcpi_min_rtt
@@ -38,6 +41,11 @@ def seen(sock: socket.socket) -> Seen:
         return UNSEEN
     fields = _INFO.unpack_from(raw)
     return Seen(fields[_RTT], fields[_LEAST_RTT], fields[_REPEATED], fields[_ACKNOWLEDGED])
+
+
+def first(rate: float) -> int:
+    """The window of a new lane over a path of so many bytes a second."""
+    return round(min(MOST_AT_FIRST, max(LEAST, rate * _UNTENDED_S)))
 
 
 def resized(window: int, before: Seen, now: Seen) -> int:

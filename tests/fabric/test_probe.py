@@ -33,6 +33,8 @@ while True:
         assert time.monotonic() < end
         time.sleep(0.02)
 peer.sendall(bytes(200_000))
+peer.shutdown(socket.SHUT_WR)
+assert peer.recv(1) == b""  # all has been read
 """
 FIND = """
 import os, sys, time

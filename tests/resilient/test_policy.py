@@ -89,6 +89,10 @@ def test_a_stated_budget_holds_parity_too() -> None:
     assert Policy(parity="4+2").budget_bytes(100) == 210, "of two images, whose parity comes on top"
 
 
+def test_in_a_small_group_parity_has_a_larger_part_of_the_budget() -> None:
+    assert Policy(memory_budget=1200, parity="4+2").budget_bytes(1, sizes=(1, 2)) == 400
+
+
 def test_a_stated_budget_does_not_depend_on_the_image() -> None:
     assert Policy(memory_budget="24 GiB").budget_bytes(100) == 24 * 1024**3
     assert Policy(memory_budget=4096).budget_bytes(100) == 4096

@@ -12,7 +12,7 @@ from resilient.comms.lanes.messages import Failure
 from resilient.comms.lanes.rates import Rates
 from resilient.comms.lanes.schedule import CHUNK_BYTES, Chunk, Queue, cut, help_late, spread
 from resilient.comms.lanes.window import LEAST as LEAST_WINDOW
-from resilient.comms.lanes.window import MOST, Seen, resized
+from resilient.comms.lanes.window import MOST, MOST_AT_FIRST, Seen, first, resized
 
 # -- chunks ------------------------------------------------------------------------------
 
@@ -169,6 +169,12 @@ def test_what_is_no_report_is_refused(wrong: dict[str, object]) -> None:
 
 
 # -- windows -----------------------------------------------------------------------------
+
+
+def test_a_window_begins_with_what_the_path_carries_in_a_few_milliseconds_within_reason() -> None:
+    assert first(1e6) == LEAST_WINDOW
+    assert first(25e6) == 125_000
+    assert first(12.5e9) == MOST_AT_FIRST
 
 
 def test_a_window_grows_while_nothing_queues_and_shrinks_when_buffers_overflow() -> None:
