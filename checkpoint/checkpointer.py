@@ -82,7 +82,8 @@ class Checkpointer:
         self._early: frozenset[str] = frozenset()
         self._plan: Plan | None = None
         self._metadata = {"format": "resilient", "rank": str(self.world.rank), "world_size": str(self.world.world_size)}
-        hello = hello_of(self._policy.run_identity(self._url, os.environ), self._url, self.world, self._policy)
+        run_id, launch = self._policy.run_identity(self._url, os.environ), os.environ.get("RESILIENT_LAUNCH")
+        hello = hello_of(run_id, self._url, self.world, self._policy, launch)
         self._board = Board.of(self.world, hello.run_id)
         self._link = AgentLink(
             hello,
@@ -108,7 +109,8 @@ class Checkpointer:
         )
         self._connect()
         self._peering = arrange_peering(self.world, self._policy, self._link.client(), os.environ)
-        self._link.introduce = self._peering.introduce if self._peering is not None else None
+        if self._peering is not None:
+            self._link.introduce, self._link.parity_sizes = self._peering.introduce, self._peering.sizes
         self._capture.start()
         self._hooks = self._hook_optimizers()
         self._closed = False

@@ -3,8 +3,8 @@
 Names are the parameters' fully qualified names below the name of the item: `model.layers.0.weight`,
 `optimizer.state.model.layers.0.weight.exp_avg`. Wrappers (DDP, torch.compile, activation checkpointing) leave no
 trace in them. The walk also returns what has to be looked at to know that the structure is still the same
-(`watch.py`), so that a save need not walk again. What cannot be saved is refused by `unsavable.py`; what is not a
-tensor is the business of `extras.py`.
+(`watch.py`), so that a save need not walk again. Modules are named by `modules.py`. What cannot be saved is refused by
+`unsavable.py`; what is not a tensor is the business of `extras.py`.
 """
 
 import gc
@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from resilient.checkpoint.modules import modules_of, with_extra_state
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.unsavable import refuse_optimizer, refuse_tensor
@@ -27,8 +27,6 @@ from resilient.checkpoint.watch import Watch
 from resilient.errors import StateError
 
 Kind = Literal["parameter", "buffer", "optimizer", "tensor"]
-# Names under which wrappers hold what they wrap: torch.compile, activation checkpointing.
-_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 _RESERVED = ("resilient.", "__metadata__")
 
 
@@ -189,45 +187,6 @@ def _walk(state: Mapping[str, object]) -> Leaves:
             _walk_optimizer(found, value, item)
     found.watch.freeze()
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """The DistributedDataParallel around a module, if any: its ranks, and the ids of what it leaves alone."""
-
-    ranks: tuple[int, ...] = ()
-    ignored: frozenset[int] = frozenset()
-
-
-def modules_of(module: nn.Module, prefix: str = "", home: Home | None = None) -> Iterator[tuple[str, nn.Module, Home]]:
-    """All modules, wrappers too, with the names that they have without wrappers, and their homes. Depth first."""
-    home = home or Home()
-    if isinstance(module, DistributedDataParallel):
-        home = _home_of(module)
-    yield prefix, module, home
-    wraps = isinstance(module, (DistributedDataParallel, DataParallel))
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        transparent = name in _TRANSPARENT or (wraps and name == "module")
-        yield from modules_of(child, prefix if transparent else f"{prefix}.{name}" if prefix else name, home)
-
-
-def with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have extra state, by name; one that is there twice under its first name."""
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    for name, part, _ in modules_of(module):
-        if id(part) not in seen and type(part).get_extra_state is not nn.Module.get_extra_state:
-            found[name] = part
-        seen.add(id(part))
-    return found
-
-
-def _home_of(module: DistributedDataParallel) -> Home:
-    names = module.parameters_to_ignore
-    ignored = frozenset(id(tensor) for name, tensor in module.module.named_parameters() if name in names)
-    return Home(tuple(sorted(torch.distributed.get_process_group_ranks(module.process_group))), ignored)
 
 
 def _walk_module(found: Leaves, module: nn.Module, item: str) -> None:

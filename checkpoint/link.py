@@ -28,7 +28,7 @@ _FIRST_PAUSE_S = 1.0  # after an agent could not be started; doubled each time, 
 _LONGEST_PAUSE_S = 60.0
 
 
-def hello_of(run_id: str, url: str, world: World, policy: Policy) -> Hello:
+def hello_of(run_id: str, url: str, world: World, policy: Policy, launch: str | None = None) -> Hello:
     """How this rank introduces itself to its node's agent."""
     return Hello(
         run_id=run_id,
@@ -38,6 +38,7 @@ def hello_of(run_id: str, url: str, world: World, policy: Policy) -> Hello:
         node_ranks=world.node_ranks,
         policy=policy,
         node=world.node,
+        launch=launch,
     )
 
 
@@ -60,6 +61,7 @@ class AgentLink:
         self._retry_at = 0.0
         self._giver: AgentClient | None = None  # who gave the buffer that is being filled
         self.introduce: Callable[[AgentClient], None] | None = None  # tells a new agent of its peers
+        self.parity_sizes: tuple[int, int] | None = None  # k and m of this node's group
 
     def renew(self, life: str) -> None:
         """The ranks start anew, all together: what they save from now on belongs to another life."""
@@ -191,12 +193,14 @@ class AgentLink:
         """Tell the agent of a plan that it does not know yet, and map the buffers it gives."""
         if self._registered is not None and self._registered[0] == plan.digest and self._registered[1] >= capacity:
             return
-        budget = self._policy.budget_bytes(capacity)
+        budget = self._policy.budget_bytes(capacity, self.parity_sizes)
         slots = min(_MOST_SLOTS, budget // capacity)
         if slots < _SLOTS:
+            k, m = self.parity_sizes or (1, 0)
             raise OverBudget(
-                f"memory_budget of {budget} bytes holds {slots} images of {capacity} bytes, and {_SLOTS} are needed so "
-                f"that the newest complete one is never overwritten: set memory_budget to {2 * capacity} or more"
+                f"memory_budget has {budget} bytes for images and holds {slots} of {capacity} bytes; {_SLOTS} are "
+                "needed so that the newest complete one is never overwritten: set memory_budget to "
+                f"{-(-_SLOTS * capacity * (k + m) // k)} or more"
             )
         self._unpin()
         client.register_plan(

@@ -16,7 +16,7 @@ from resilient.checkpoint.world import World
 from resilient.ec.domains import Document, Domains, Host, decide_domains, host_of
 from resilient.ec.groups import Grouping, decide_groups
 from resilient.errors import LevelFailed
-from resilient.policy import Policy
+from resilient.policy import Policy, parse_bytes
 
 _log = logging.getLogger("resilient")
 _TOKEN = "RESILIENT_TOKEN"
@@ -25,7 +25,10 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Peering:
-    """What all agents of the job were told, and what this rank tells its own: only each node's first rank does."""
+    """What all agents of the job were told, and what this rank tells its own: only each node's first rank does.
+
+    `sizes`: k and m of this node's group; `budget_bytes`: what the parity that it keeps may take; None: no limit.
+    """
 
     token: str
     host: str
@@ -33,6 +36,8 @@ class Peering:
     leads: bool
     members: tuple[tuple[str, str, int], ...]
     grouping: Grouping
+    sizes: tuple[int, int]
+    budget_bytes: int | None
 
     def introduce(self, client: AgentClient) -> None:
         """Tell this node's agent, perhaps a new one, whom it belongs to; it tells the others where it listens.
@@ -41,10 +46,8 @@ class Peering:
         """
         if self.leads:
             client.listen(self.node, self.token, self.host)
-            client.join(self.members, [group.members for group in self.grouping.groups], self._m())
-
-    def _m(self) -> int:
-        return self.grouping.groups[0].m
+            groups = [group.members for group in self.grouping.groups]
+            client.join(self.members, groups, self.sizes[1], self.budget_bytes)
 
 
 def arrange_peering(
@@ -72,9 +75,20 @@ def arrange_peering(
     host = world.together(lambda: policy.peer_address or _own_address(environment), LevelFailed)
     addresses = world.gather_results(lambda: client.listen(world.node, token, host) if leads else None, LevelFailed)
     members = tuple((node, *addresses[at]) for node, at in zip(nodes, leaders, strict=True))
-    peering = Peering(token, host, world.node, leads, members, grouping)
+    mine = grouping.of(nodes.index(world.node))
+    assert mine is not None, "every node is in a group"
+    sizes, ranks = (mine.k, mine.m), max(world.nodes.count(nodes[member]) for member in mine.members)
+    budget = parity_budget(policy, sizes, ranks)
+    peering = Peering(token, host, world.node, leads, members, grouping, sizes, budget)
     world.together(lambda: peering.introduce(client), LevelFailed)
     return peering
+
+
+def parity_budget(policy: Policy, sizes: tuple[int, int], ranks: int) -> int | None:
+    """What of the memory budgets of `ranks` ranks, the most on a node of the group, is for parity; None: no limit."""
+    if policy.memory_budget is None:
+        return None
+    return ranks * (parse_bytes(policy.memory_budget) - policy.budget_bytes(0, sizes))
 
 
 def _agree_on_domains(world: World, leaders: Sequence[int], policy: Policy, environment: Mapping[str, str]) -> Domains:

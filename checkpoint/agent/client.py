@@ -38,7 +38,10 @@ __all__ = ["AgentClient", "Hello", "ImageInfo", "MappedImage", "Slot"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """Who a trainer is. `node_ranks` are all ranks on this node; `node` stands in for the host name."""
+    """Who a trainer is. `node_ranks` are all ranks on this node; `node` stands in for the host name; `launch` is the
+    start of the job, the same in all its lives, where a launcher knows it. `reads`: it will only read: it claims
+    nothing, and the agent keeps the policy that it has.
+    """
 
     run_id: str
     url: str | None
@@ -47,6 +50,8 @@ class Hello:
     node_ranks: tuple[int, ...]
     policy: Policy
     node: str | None = None
+    launch: str | None = None
+    reads: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,10 +276,20 @@ class AgentClient:
         reply = self._connection.request("listen", node=node, token=token, host=host)
         return reply["host"], reply["port"]
 
-    def join(self, members: Sequence[tuple[str, str, int]], groups: Sequence[Sequence[int]], m: int) -> None:
-        """Tell the agent of all nodes, (name, host, port), and which of them make a parity group. Blocks."""
+    def join(
+        self,
+        members: Sequence[tuple[str, str, int]],
+        groups: Sequence[Sequence[int]],
+        m: int,
+        budget_bytes: int | None = None,
+    ) -> None:
+        """Tell the agent of all nodes, (name, host, port), and which of them make a parity group. Blocks.
+
+        `budget_bytes`: what parity may take of this node's memory; None: what there is.
+        """
         told = [{"node": node, "host": host, "port": port} for node, host, port in members]
-        self._connection.request("join", members=told, groups=[list(group) for group in groups], m=m)
+        numbers = [list(group) for group in groups]
+        self._connection.request("join", members=told, groups=numbers, m=m, budget_bytes=budget_bytes)
 
     def recoverable(self) -> list[int]:
         """Steps at which this rank's image can be had from other nodes' memory, whole or from parity. Blocks."""
@@ -355,7 +370,7 @@ class AgentClient:
 
     def _greet(self, deadline: float) -> None:
         hello = self.hello
-        claims = hello.rank == 0 and hello.url is not None
+        claims = hello.rank == 0 and hello.url is not None and not hello.reads
         patience_s = max(1.0, deadline - time.monotonic()) + (CLAIM_S if claims else 0.0)
         try:
             self._connection.request(
@@ -365,6 +380,8 @@ class AgentClient:
                 protocol=PROTOCOL,
                 run_id=hello.run_id,
                 url=hello.url,
+                launch=hello.launch,
+                reads=hello.reads,
                 rank=hello.rank,
                 world_size=hello.world_size,
                 node_ranks=list(hello.node_ranks),

@@ -20,11 +20,10 @@ The life of the process is in `server.py`, frames in `protocol.py`, images in `i
 import hmac
 import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from resilient.checkpoint.agent.claiming import ClaimKeeper
+from resilient.checkpoint.agent.claiming import Tenant, Tenure
 from resilient.checkpoint.agent.images import Images, Plan
 from resilient.checkpoint.agent.loop import Loop
 from resilient.checkpoint.agent.other_nodes import NOTHING, Answer, OtherNodes, rank_of
@@ -53,6 +52,7 @@ from resilient.checkpoint.agent.snapshots import (
     Snapshots,
     Tell,
 )
+from resilient.checkpoint.agent.status import status_of
 from resilient.checkpoint.agent.writing import OpenStore, Stores, Writing
 from resilient.checkpoint.record import Record
 from resilient.errors import ResilientError, UrlInUse, UsageError
@@ -68,19 +68,15 @@ class Node:
         self.run_id = ""
         self.policy: Policy | None = None
         self.by_rank: dict[int, Session] = {}
-        self.claim: ClaimKeeper | None = None
-        self.former_claim: ClaimKeeper | None = None  # it may still be on its way back
         self.snapshots = Snapshots()
         self.images = Images(self, loop, self.snapshots)
         self._stores = Stores(open_store)
         self.writing = Writing(loop, clock, self._stores, self.snapshots, self.images, self.announce, self.settle)
         self.protecting = Protecting(self, loop, self.images, self.snapshots)
-        self._loop = loop
+        self.tenure = Tenure(loop, self._stores, lambda reason: self.writing.refuse(DURABLE, reason))
         self._token = token
         self._url: str | None = None
         self._byes: set[int] = set()
-        self._claimed = False
-        self._claiming: list[tuple[Session, int]] = []
         self._flushing: list[tuple[Session, int]] = []
         self._operations: dict[str, Callable[[Session, Message], Answer | None]] = {
             "plan": self._plan,
@@ -100,7 +96,7 @@ class Node:
             **OtherNodes(self).operations(),
             "write": self._write,
             "flush": self._flush,
-            "status": lambda _session, _message: (self._status(), []),
+            "status": lambda _session, _message: (status_of(self), []),
             "bye": self._bye,
         }
 
@@ -140,12 +136,13 @@ class Node:
 
     def on_closed(self, session: Session, reason: str) -> None:
         self._flushing = [each for each in self._flushing if each[0] is not session]
-        self._claiming = [each for each in self._claiming if each[0] is not session]
+        self.tenure.forget(session)
         rank = session.rank
         log.info("rank %s (process %d) is gone: %s", rank, session.pid, reason)
         if rank is not None and self.by_rank.get(rank) is session:
             led = min(self.by_rank) == rank
             del self.by_rank[rank]
+            self.tenure.tell(rank_0=0 in self.by_rank)
             self.images.leave(rank, session.number)
             if led:
                 self.announce(self.snapshots.unanswered())
@@ -226,16 +223,19 @@ class Node:
             raise UsageError(f"rank {rank} of {world_size} does not fit this node's ranks {sorted(ranks)}")
         policy_keys = message.get("policy")
         policy = Policy.from_mapping(policy_keys if isinstance(policy_keys, dict) else {}, f"the policy of rank {rank}")
-        self._check_run(message)
+        run_id, launch = self._check_run(message), message.get("launch")
+        if launch is not None and not isinstance(launch, str):
+            raise ProtocolError("launch is not text")
         self._check_nobody_else(session, rank, world_size, ranks)
-        self._enter(session, rank, world_size, ranks, policy)
-        if rank == 0 and self._url is not None and not self._claimed:
-            self._claiming.append((session, whole(message, "id")))
-            self._begin_claim()
+        reads = message.get("reads") is True
+        self._enter(session, rank, world_size, ranks, (reads and self.policy) or policy)
+        self.tenure.tell(rank_0=0 in self.by_rank)
+        if rank == 0 and self._url is not None and not self.tenure.is_held and not reads:
+            self.tenure.take_for(session, whole(message, "id"), Tenant(self._url, run_id, launch, policy.retries))
             return None
         return {"pid": os.getpid()}, []
 
-    def _check_run(self, message: Message) -> None:
+    def _check_run(self, message: Message) -> str:
         run_id, url = text(message, "run_id"), message.get("url")
         if url is not None and not isinstance(url, str):
             raise ProtocolError("url is not text")
@@ -243,6 +243,7 @@ class Node:
             self.run_id, self._url = run_id, url
         if (run_id, url) != (self.run_id, self._url):
             raise UrlInUse(f"this agent serves run {self.run_id!r} at {self._url}, not run {run_id!r} at {url}")
+        return run_id
 
     def _check_nobody_else(self, session: Session, rank: int, world_size: int, ranks: frozenset[int]) -> None:
         """No other living process may serve the rank, or belong to a world of another size."""
@@ -274,49 +275,12 @@ class Node:
             self.announce(self.snapshots.unanswered())
         log.info("rank %d of %d is process %d", rank, world_size, session.pid)
 
-    def _begin_claim(self) -> None:
-        if self.claim is not None:
-            return
-        url, retries = self._url, self.policy.retries if self.policy else 1
-        assert url is not None
-        self.claim = ClaimKeeper(
-            lambda: self._stores.get(url, retries),
-            self.run_id,
-            on_taken=lambda error: self._loop.post(lambda: self._on_claim(error)),
-            on_lost=lambda keeper, error: self._loop.post(lambda: self._on_claim_lost(keeper, error)),
-        )
-        self.claim.start()
-
     def _give_url_back(self) -> None:
         """Without trainers and with nothing to write, another job may have the URL; rank 0 claims it again."""
         # An index that is still being written belongs to a snapshot that is complete: another job does not wait for it.
         busy = self.writing.pending() > self.writing.indexing or self.images.sealing()
-        if self.claim is None or not self._claimed or self.by_rank or busy or self.is_dismissed:
-            return
-        self._claimed, self.former_claim, self.claim = False, self.claim, None
-        self.former_claim.release(timeout_s=0)
-
-    def _on_claim_lost(self, keeper: ClaimKeeper, error: ResilientError) -> None:
-        """Another job has the URL: write nothing more to it, until rank 0 comes back and gets it again."""
-        if keeper is not self.claim:
-            return  # it was being given back, and what it found in its place may be ours
-        log.error("the claim is lost: %s", error)
-        self._claimed, self.claim = False, None
-        self.writing.refuse(DURABLE, str(error))
-
-    def _on_claim(self, error: ResilientError | None) -> None:
-        waiting, self._claiming = self._claiming, []
-        self._claimed = error is None
-        if error is None:
-            self.writing.refuse(DURABLE, None)
-        else:
-            self.claim = None
-        for session, request_id in waiting:
-            if error is None:
-                session.send({"id": request_id, "ok": True, "pid": os.getpid()})
-            else:
-                session.send(error_reply(request_id, error))
-                session.close(f"it was refused: {error}")
+        if not (self.by_rank or busy or self.is_dismissed):
+            self.tenure.give_back()
 
     # --- one image
 
@@ -411,41 +375,9 @@ class Node:
             self._byes.add(rank_of(session))
         return NOTHING
 
-    def _status(self) -> Message:
-        return {
-            "pid": os.getpid(),
-            "slots": [
-                {
-                    "slot": slot.id,
-                    "rank": slot.rank,
-                    "capacity": slot.capacity,
-                    "state": slot.state.value,
-                    "step": slot.snapshot.step if slot.snapshot else None,
-                    "pins": slot.pins,
-                    "readers": self.images.shelf.readers(slot.id),
-                }
-                for slot in self.images.slots.all()
-            ],
-            "bytes": self.images.total_bytes(),
-            "images": len(self.images.slots.sealed_images()),
-            "snapshots": len(self.snapshots),
-            "jobs": dict(self.writing.pending_by_level()),
-            "parity": self.protecting.status(),
-            "threads": threading.active_count(),
-            "fds": len(os.listdir("/proc/self/fd")),
-            "resident_bytes": _resident_bytes(),
-        }
-
 
 def _level(message: Message) -> str:
     level = text(message, "level")
     if level not in LEVELS:
         raise ProtocolError(f"there is no level {level!r}")
     return level
-
-
-def _resident_bytes() -> int:
-    """Memory of this process alone, without the shared memory of the images."""
-    with open("/proc/self/status") as file:
-        anonymous = next(line for line in file if line.startswith("RssAnon:"))
-    return int(anonymous.split()[1]) * 1024

@@ -60,7 +60,8 @@ class OtherNodes:
         numbers = [wholes({"group": group}, "group") for group in groups]
         if any(number >= len(members) for group in numbers for number in group):
             raise ProtocolError("a group has members that there are not")
-        self._node.protecting.join(members, numbers, whole(message, "m"))
+        budget_bytes = whole(message, "budget_bytes") if message.get("budget_bytes") is not None else None
+        self._node.protecting.join(members, numbers, whole(message, "m"), budget_bytes)
         return NOTHING
 
     def _recoverable(self, session: Session, message: Message) -> None:

@@ -89,8 +89,13 @@ class Protecting:
             self._transport, self._listening = transport, (node, token, host)
         return self._transport.address
 
-    def join(self, members: Sequence[Member], groups: Sequence[Sequence[int]], m: int) -> None:
-        """The nodes of the job, and those of them, by number, that make a group. The others hear where we listen."""
+    def join(
+        self, members: Sequence[Member], groups: Sequence[Sequence[int]], m: int, budget_bytes: int | None = None
+    ) -> None:
+        """The nodes of the job, and those of them, by number, that make a group. The others hear where we listen.
+
+        `budget_bytes`: for the parity that is kept here; None: what the machine has.
+        """
         if self._transport is None or self._service is None or self._listening is None:
             raise LevelFailed("the agent does not listen for its peers yet")
         me = self._listening[0]
@@ -98,7 +103,7 @@ class Protecting:
         self._transport.set_peers(self._addresses)
         mine = next((group for group in groups if members and me in (members[at].node for at in group)), ())
         everybody = [member.node for member in members]
-        self._service.configure([everybody[at] for at in mine], m if mine else 0, everybody)
+        self._service.configure([everybody[at] for at in mine], m if mine else 0, everybody, budget_bytes)
         self._tell_where_we_are(self._transport)
 
     def _tell_where_we_are(self, transport: "TcpTransport") -> None:

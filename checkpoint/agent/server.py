@@ -172,9 +172,7 @@ class Agent:
         self._node.writing.close()
         self._node.protecting.close()
         self._node.images.close()
-        for claim in (self._node.claim, self._node.former_claim):
-            if claim is not None:
-                claim.release(timeout_s=GRACE_S)
+        self._node.tenure.close(timeout_s=GRACE_S)
         self._loop.close()
         log.info("agent %d has ended", os.getpid())
         self._remove_folder()

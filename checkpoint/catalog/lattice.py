@@ -47,6 +47,8 @@ class Block:
 
     def corners(self) -> Rows:
         """The rows between which all others lie."""
+        if not self.axes:
+            return self.bases
         moves = np.zeros((1, self.bases.shape[1]), dtype=np.int64)
         for count, steps in self.axes:
             moves = np.concatenate([moves, moves + (count - 1) * np.array(steps, dtype=np.int64)])
@@ -73,7 +75,7 @@ def parse_block(raw: Any, columns: int) -> Block:
         tuple((_count(count), _numbers(steps, columns)) for count, steps in axes),
     )
     reach = sum(count * max(map(abs, steps), default=0) for count, steps in block.axes)
-    reach += int(np.abs(block.bases).sum(dtype=np.float64))  # so that no sum of a column wraps around
+    reach += sum(sum(map(abs, base)) for base in bases)  # so that no sum of a column wraps around
     if len(block.axes) > _MOST_AXES or block.times * len(block.bases) > _MOST_ROWS or reach > _MOST_NUMBER:
         raise ValueError("pieces beyond all measure")
     return block
@@ -157,7 +159,7 @@ def _join(blocks: Iterable[Block]) -> list[Block]:
 
 
 def _numbers(raw: Any, columns: int) -> tuple[int, ...]:
-    if len(raw) != columns or not all(type(one) is int and abs(one) <= _MOST_NUMBER for one in raw):
+    if len(raw) != columns or set(map(type, raw)) != {int} or max(map(abs, raw)) > _MOST_NUMBER:
         raise ValueError(f"not {columns} whole numbers")
     return tuple(raw)
 

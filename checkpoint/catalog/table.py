@@ -77,11 +77,12 @@ class PieceTable:
     def folded(self) -> "PieceTable":
         """The same pieces in the order of files, kept as lattices."""
         rows = self.rows
-        return self._of_blocks(fold(rows[np.lexsort((rows[:, START], rows[:, OFFSET], rows[:, FILE]))]))
+        return self._of_blocks(self.dims, fold(rows[np.lexsort((rows[:, START], rows[:, OFFSET], rows[:, FILE]))]))
 
-    def _of_blocks(self, blocks: list[Block]) -> "PieceTable":
-        table = PieceTable(self.dims, np.empty((0, BOX + 3 * self.dims), np.int64))
-        table._blocks = blocks
+    @classmethod
+    def _of_blocks(cls, dims: int, blocks: list[Block]) -> "PieceTable":
+        table = cls.__new__(cls)
+        table.dims, table._blocks = dims, blocks
         return table
 
     def __len__(self) -> int:
@@ -98,14 +99,12 @@ class PieceTable:
     @property
     def rows(self) -> Rows:
         """All rows, not to be changed. Of lattices they are made anew each time."""
-        if len(self._blocks) == 1:
-            return self._blocks[0].unfold()
-        return np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *(one.unfold() for one in self._blocks)])
+        return self._as_one([one.unfold() for one in self._blocks])
 
     @property
     def corners(self) -> Rows:
         """Rows between which, number by number, all others lie: enough to see whether any is out of bounds."""
-        return np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *(one.corners() for one in self._blocks)])
+        return self._as_one([one.corners() for one in self._blocks])
 
     @property
     def numel(self) -> int:
@@ -126,15 +125,16 @@ class PieceTable:
     def of_file(self, file: int) -> "PieceTable":
         """The pieces that lie in one file."""
         bounds: list[Bound] = [((FILE,), (FILE,), file - 1, file + 1)]
-        rows = np.concatenate(
-            [np.empty((0, BOX + 3 * self.dims), np.int64), *(self._clipped(lambda _base, _block: bounds))]
-        )
+        rows = self._as_one(list(self._clipped(lambda _base, _block: bounds)))
         return PieceTable(self.dims, rows[rows[:, FILE] == file])
+
+    def near(self, begin: Sequence[int], extent: Sequence[int]) -> Rows:
+        """All rows that share elements with a box that has some, among others; of very many rows only few others."""
+        return self._as_one(list(self._clipped(lambda base, block: self._bounds(base, block, begin, extent))))
 
     def meeting(self, begin: Sequence[int], extent: Sequence[int]) -> Rows:
         """The rows that share elements with a box that has some, and of flat ranges hardly any others besides."""
-        found = [_meeting(rows, self.dims, begin, extent) for rows in self._candidates(begin, extent)]
-        return found[0] if len(found) == 1 else np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *found])
+        return _meeting(self.near(begin, extent), self.dims, begin, extent)
 
     def to_json(self) -> list[Any]:
         """A list of lattices, each `[[row, ...], [[count, steps], ...]]`, the innermost axis first."""
@@ -143,12 +143,10 @@ class PieceTable:
     @classmethod
     def from_json(cls, dims: int, lattices: Sequence[Any]) -> "PieceTable":
         """What `to_json` gave. Raises ValueError for anything else."""
-        empty = cls(dims, np.empty((0, BOX + 3 * dims), np.int64))
-        return empty._of_blocks([parse_block(raw, BOX + 3 * dims) for raw in lattices])
+        return cls._of_blocks(dims, [parse_block(raw, BOX + 3 * dims) for raw in lattices])
 
-    def _candidates(self, begin: Sequence[int], extent: Sequence[int]) -> Iterator[Rows]:
-        """Rows of which all may be wanted that are: of lattices only what is near."""
-        return self._clipped(lambda base, block: self._bounds(base, block, begin, extent))
+    def _as_one(self, found: list[Rows]) -> Rows:
+        return found[0] if len(found) == 1 else np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *found])
 
     def _clipped(self, bounds: Callable[[Sequence[int], Block], list[Bound]]) -> Iterator[Rows]:
         for block in self._blocks:

@@ -1,16 +1,16 @@
 """A lease on a URL, so that two jobs do not write to one place.
 
-The holder writes `claim.json` and raises a counter in it at every beat. Whoever finds a claim takes it over if it is
-of the same run, or of a process known to be dead, or if its counter stands still for `stale_s`; clocks of different
-hosts are never compared. A store has no compare-and-swap, so two takers at one moment may both believe for a while
-that they hold it: the one whose token is not in the file finds out when it reads it back, at the latest at its next
-beat. Data is safe meanwhile: every write is atomic.
+The holder writes `claim.json`, raises a counter in it at every beat, and says whether rank 0 of its job is connected.
+How long whoever finds a claim watches it before it takes it over is decided in `patience_with`; clocks of different
+hosts are never compared. A store has no compare-and-swap, so two takers at one moment may both believe for a while that
+they hold it: the one whose token is not in the file finds out when it reads it back, at the latest at its next beat.
+Data is safe meanwhile: every write is atomic.
 """
 
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from resilient.checkpoint.levels.process import ProcessId, is_dead, this_process
@@ -21,6 +21,8 @@ NAME = "claim.json"
 FORMAT = "resilient-claim"
 _MOST_BYTES = 64 << 10
 _ATTEMPTS = 5
+_ONE_BEAT = 1.2  # heartbeats within which a holder that lives is seen to be alive
+_LOOKS = 10  # at a claim that is watched, in one heartbeat
 
 
 class Clock(Protocol):
@@ -33,15 +35,43 @@ class Clock(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """What `claim.json` says."""
+    """What `claim.json` says. `rank_0`: the job's rank 0 is connected to the holder; `launch`: see `Claim`."""
 
     run_id: str
     token: str
     beat: int
     process: ProcessId
+    rank_0: bool = True
+    launch: str | None = None
 
     def text(self) -> bytes:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a claim has to stand still before it is taken over; 0: it is free now."""
+
+    watch_s: float
+    reason: str
+
+
+def patience_with(
+    found: Held, run_id: str, launch: str | None, *, is_dead: bool, heartbeat_s: float, stale_s: float
+) -> Patience:
+    """How to treat a claim that was `found` by the agent of a run, started by `launch`. Pure.
+
+    `is_dead`: the holder's process is known to be gone, or is the one that asks, for the same run.
+    """
+    if is_dead:
+        return Patience(watch_s=0, reason="its process is gone")
+    if found.run_id != run_id:
+        return Patience(watch_s=stale_s, reason="another run holds it")
+    if not found.rank_0:
+        return Patience(watch_s=0, reason="it is of this run, whose rank 0 has left it")
+    if launch is not None and found.launch == launch:
+        return Patience(watch_s=0, reason="the launcher of this job has ended its trainers, or lost them")
+    return Patience(watch_s=_ONE_BEAT * heartbeat_s, reason="a job of this run may be alive elsewhere")
 
 
 class Claim:
@@ -51,12 +81,21 @@ class Claim:
     """
 
     def __init__(
-        self, store: Store, run_id: str, *, clock: Clock = time, heartbeat_s: float = 10.0, stale_s: float = 60.0
+        self,
+        store: Store,
+        run_id: str,
+        *,
+        launch: str | None = None,
+        clock: Clock = time,
+        heartbeat_s: float = 10.0,
+        stale_s: float = 60.0,
     ) -> None:
-        if not 0 < heartbeat_s < stale_s:
+        """`launch` names the start of the job of which all its lives are a part, as the launcher says it."""
+        if not 0 < _ONE_BEAT * heartbeat_s <= stale_s:
             raise ValueError(f"heartbeat_s ({heartbeat_s:g}) must be positive and below stale_s ({stale_s:g})")
         self.heartbeat_s = heartbeat_s
-        self._store, self._run_id, self._clock, self._stale_s = store, run_id, clock, stale_s
+        self._store, self._run_id, self._launch = store, run_id, launch
+        self._clock, self._stale_s = clock, stale_s
         self._mine: Held | None = None
 
     def take(self) -> None:
@@ -71,7 +110,13 @@ class Claim:
                 self._wait_until_free(found)
                 if not self._remove_if_still(found):
                     continue
-            mine = Held(run_id=self._run_id, token=secrets.token_hex(16), beat=0, process=this_process())
+            mine = Held(
+                run_id=self._run_id,
+                token=secrets.token_hex(16),
+                beat=0,
+                process=this_process(),
+                launch=self._launch,
+            )
             try:
                 self._store.write(NAME, [memoryview(mine.text())], exclusive=True)
             except FileExistsError:
@@ -83,23 +128,27 @@ class Claim:
             f"{self._store.url}: other jobs keep taking it; start one job at a time, or give each its own URL"
         )
 
-    def beat(self) -> None:
-        """Say that this job is alive. Raises UrlInUse if the claim was lost to another job, and LevelFailed."""
+    def beat(self, *, rank_0: bool = True) -> bool:
+        """Say that this job is alive, and whether its rank 0 is connected here; whether the claim is still held.
+
+        It is not where rank 0 has left and a job of the same run, the same job as a rule, has it from elsewhere. Raises
+        UrlInUse if it was lost to another job, and LevelFailed.
+        """
         assert self._mine is not None, "beat() before take()"
         now = self._read()
         if now is not None and now.token != self._mine.token:
             self._mine = None
+            if now.run_id == self._run_id and not rank_0:
+                return False
             raise UrlInUse(f"{_told(self._store, now)} took it over; stop this job, or give it another URL")
-        following = Held(
-            run_id=self._run_id, token=self._mine.token, beat=self._mine.beat + 1, process=self._mine.process
-        )
+        following = replace(self._mine, beat=self._mine.beat + 1, rank_0=rank_0)
         # A claim that somebody removed by hand is put back, but only if nobody else is quicker.
         try:
             self._store.write(NAME, [memoryview(following.text())], exclusive=now is None)
         except FileExistsError:
-            return self.beat()
+            return self.beat(rank_0=rank_0)
         self._mine = following
-        return None
+        return True
 
     def release(self) -> None:
         """Give the URL back; removes this job's own claim only. Safe to repeat."""
@@ -124,18 +173,31 @@ class Claim:
 
     def _wait_until_free(self, found: Held) -> None:
         """Return when `found` may be taken over; raise UrlInUse as soon as it is seen to be alive."""
-        if found.run_id == self._run_id or _known_dead(found.process):
-            return
-        end = self._clock.monotonic() + self._stale_s
+        patience = self._patience(found)
+        end = self._clock.monotonic() + patience.watch_s
         while (left := end - self._clock.monotonic()) > 0:
-            self._clock.sleep(min(self.heartbeat_s / 2, left))
+            self._clock.sleep(min(self.heartbeat_s / _LOOKS, left))
             now = self._read()
             if now is None:
                 return
             if now.token != found.token or now.beat != found.beat:
-                raise UrlInUse(
-                    f"{_told(self._store, now)} is writing to it; stop that job, or give this one another URL"
-                )
+                if now.token == found.token and self._patience(now).watch_s == 0:
+                    return  # its rank 0 has just left
+                raise UrlInUse(self._refusal(now))
+
+    def _patience(self, found: Held) -> Patience:
+        is_own = (found.run_id, found.process) == (self._run_id, this_process())  # of an earlier `Claim`
+        is_dead = is_own or _known_dead(found.process)
+        times = {"heartbeat_s": self.heartbeat_s, "stale_s": self._stale_s}
+        return patience_with(found, self._run_id, self._launch, is_dead=is_dead, **times)
+
+    def _refusal(self, now: Held) -> str:
+        if now.run_id != self._run_id:
+            return f"{_told(self._store, now)} is writing to it; stop that job, or give this one another URL"
+        return (
+            f"{_told(self._store, now)} lives, and its rank 0 trains: a second job with the same run id; stop that "
+            "job, or give this one its own URL or run_id"
+        )
 
     def _read(self) -> Held | None:
         """What is there now. A claim that is replaced between the look at its length and the read is read again."""
@@ -159,7 +221,12 @@ def _parse(text: bytes, where: str) -> Held:
         if raw["format"] != FORMAT:
             raise ValueError(f"its format is {raw['format']!r}")
         held = Held(
-            run_id=raw["run_id"], token=raw["token"], beat=int(raw["beat"]), process=ProcessId(**raw["process"])
+            run_id=raw["run_id"],
+            token=raw["token"],
+            beat=int(raw["beat"]),
+            process=ProcessId(**raw["process"]),
+            rank_0=bool(raw.get("rank_0", True)),
+            launch=raw.get("launch"),
         )
         if not isinstance(held.process.pid, int) or not isinstance(held.process.started, int):
             raise ValueError("its process is not numbered")

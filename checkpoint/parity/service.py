@@ -79,7 +79,6 @@ class ParityService:
         images: Images,
         transport: Transport,
         *,
-        budget_bytes: int | None = None,
         scrub_bytes_per_s: float | None = None,
         on_damage: Callable[[Finding], None] = lambda _: None,
         block_bytes: int = BLOCK_BYTES,
@@ -91,7 +90,7 @@ class ParityService:
         self._clock = clock
         self._lock = threading.Lock()
         self._core = Core(node, images.agent_id, block_bytes)
-        self._store = ParityStore(node, budget_bytes)
+        self._store = ParityStore(node)
         self._blocks = Blocks(block_bytes, kept=2 * AHEAD, at_once=AT_ONCE)
         self._errands = Errands(transport.call, self._told)
         self._jobs: dict[Key, RowJob] = {}
@@ -121,12 +120,16 @@ class ParityService:
 
     # --- what the agent tells; on its loop, nothing blocks
 
-    def configure(self, group: Sequence[str], m: int, nodes: Iterable[str] | None = None) -> None:
+    def configure(
+        self, group: Sequence[str], m: int, nodes: Iterable[str] | None = None, budget_bytes: int | None = None
+    ) -> None:
         """The nodes of this node's group, in an order that is the same on all of them; empty: no parity.
 
-        `nodes` are all nodes of the job, whom `recover` asks (None: those of the group). Raises UsageError.
+        `nodes` are all nodes of the job, whom `recover` asks (None: those of the group); `budget_bytes` is for the
+        parity kept here, beyond which a snapshot has none. Raises UsageError.
         """
         with self._lock:
+            self._store.budget_bytes = budget_bytes
             self._do(self._core.configure(group, m))
             self._nodes = tuple(group if nodes is None else nodes)
             self._blocks.kept = AHEAD * (len(group) + m)
@@ -203,7 +206,7 @@ class ParityService:
                 **self._findings,
                 "buffer_bytes": self._blocks.idle_bytes,
                 "whole": [list(each.key) for each in snapshots if each.state is State.WHOLE],
-                "open": [_progress(each) for each in snapshots if each.state is State.OPEN],
+                "open": [each.progress() for each in snapshots if each.state is State.OPEN],
             }
 
     # --- what peers ask: Served
@@ -391,11 +394,3 @@ class ParityService:
         with self._lock:
             found = self._core.get(key)
             return found.copy() if found is not None else None
-
-
-def _progress(snapshot: Snapshot) -> Message:
-    """Whose images, or else whose rows, an open snapshot waits for."""
-    group = snapshot.group
-    missing = [node for node in group if node not in snapshot.images]
-    missing = missing or [node for row, node in enumerate(group) if row not in snapshot.done]
-    return {"life": snapshot.key[0], "step": snapshot.key[1], "waiting_for": missing}

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from resilient.checkpoint.parity.facts import DIGEST_CHARS, Done, Sealed
 from resilient.checkpoint.parity.layout import Key, Member, Stripe
@@ -52,6 +53,12 @@ class Snapshot:
     def copy(self) -> "Snapshot":
         """As it is now, for another thread."""
         return replace(self, images=dict(self.images), done=dict(self.done), confirmed={})
+
+    def progress(self) -> dict[str, Any]:
+        """Of an open snapshot: whose images, or else whose rows, it waits for."""
+        missing = [node for node in self.group if node not in self.images]
+        missing = missing or [node for row, node in enumerate(self.group) if row not in self.done]
+        return {"life": self.key[0], "step": self.key[1], "waiting_for": missing}
 
 
 def stripe_of(snapshot: Snapshot, members: Sequence[Images], block_bytes: int) -> Stripe:

@@ -40,11 +40,11 @@ class _Shard:
 
 
 class ParityStore:
-    """All parity of this node. `budget_bytes` None: what the machine has."""
+    """All parity of this node. `budget_bytes` may change; None: what the machine has. See `_check`."""
 
     def __init__(self, node: str, budget_bytes: int | None = None) -> None:
         self._node = node
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._arenas = Arenas()
         self._changed = threading.Condition()
         self._held: dict[Key, dict[tuple[int, int], _Shard]] = {}
@@ -58,7 +58,7 @@ class ParityStore:
             if stripe.key in self._held:
                 return
             sizes = {pair: layout.parity_bytes(pair[0]) for pair in layout.kept_by(member)}
-            self._check(sum(sizes.values()), stripe.key)
+            self._check(sum(sizes.values()), layout)
             held: dict[tuple[int, int], _Shard] = {}
             for (row, j), nbytes in sizes.items():
                 held[row, j] = _Shard(
@@ -88,12 +88,20 @@ class ParityStore:
     def total_bytes(self) -> int:
         return self._arenas.total_bytes
 
-    def _check(self, nbytes: int, key: Key) -> None:
-        """Raises OverBudget."""
-        if self._budget_bytes is not None and self._arenas.used_bytes + nbytes > self._budget_bytes:
+    def _check(self, nbytes: int, layout: Layout) -> None:
+        """Raises OverBudget.
+
+        Counted is what the policy counts, m / k of the largest node's images: that parity is of whole blocks comes on
+        top. What a job of another size has left behind is not counted, as its images are not.
+        """
+        stripe, budget = layout.stripe, self.budget_bytes
+        held = [next(iter(shards.values())).layout for shards in self._held.values() if shards]
+        used = sum(_counted_bytes(one) for one in held if one.stripe.world_size == stripe.world_size)
+        counted = _counted_bytes(layout)
+        if budget is not None and used + counted > budget:
             raise OverBudget(
-                f"node {self._node}: the parity of step {key[1]} takes {nbytes} bytes, and {self._arenas.used_bytes} "
-                f"of the {self._budget_bytes} for parity are in use; raise memory_budget, or take fewer parities"
+                f"node {self._node}: the parity of step {stripe.step} takes {counted} bytes, and {used} of the "
+                f"{budget} that memory_budget has for parity are in use; raise memory_budget, or take fewer parities"
             )
         check_room(max(0, self._arenas.used_bytes + nbytes - self._arenas.total_bytes), available_bytes())
 
@@ -201,3 +209,8 @@ class ParityStore:
 
 def _name(shard: _Shard) -> str:
     return parity_range(*shard.id)
+
+
+def _counted_bytes(layout: Layout) -> int:
+    stripe = layout.stripe
+    return max(sum(member.image_bytes) for member in stripe.members) * stripe.m // stripe.k

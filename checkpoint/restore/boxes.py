@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,10 +61,7 @@ class BoxRange:
 
     def boxes(self, start: int, stop: int) -> list[Box]:
         """Elements [start, stop) of the stored box, as boxes of the global tensor in the order of their bytes."""
-        return [
-            (tuple(a + b for a, b in zip(self.at, inner, strict=True)), size)
-            for inner, size in boxes_of_range(start, stop, self.sizes)
-        ]
+        return _boxes_at(self.at, start, stop, self.sizes)
 
 
 def box_ranges(tensor: Described, local: Tensor, place: Box, begins: Sequence[int]) -> list[BoxRange]:
@@ -74,22 +71,23 @@ def box_ranges(tensor: Described, local: Tensor, place: Box, begins: Sequence[in
     """
     if not local.numel():
         return []
-    d, rows = tensor.pieces.dims, tensor.pieces.meeting(*place)
+    d, rows = tensor.pieces.dims, tensor.pieces.near(*place)
     needed = _needed(np.ascontiguousarray(rows[:, START:]).tobytes(), tensor.shape, place)
     if needed is None:
         parts_of(tensor, *place)  # which says what is missing
     found = []
-    for number, row in enumerate(rows.tolist()):
-        if count := (needed or {}).get(number, 0):
-            at, sizes = tuple(row[BOX : BOX + d]), tuple(row[BOX + d : BOX + 2 * d])
-            offset = begins[row[FILE]] + row[OFFSET]
-            found.append(BoxRange(row[FILE], offset, row[START], row[STOP], at, sizes, local, place, count))
+    for number, count in (needed or {}).items():
+        row = rows[number].tolist()
+        at, sizes = tuple(row[BOX : BOX + d]), tuple(row[BOX + d : BOX + 2 * d])
+        offset = begins[row[FILE]] + row[OFFSET]
+        found.append(BoxRange(row[FILE], offset, row[START], row[STOP], at, sizes, local, place, count))
     return found
 
 
 @lru_cache(maxsize=4096)
 def _needed(geometry: bytes, shape: tuple[int, ...], place: Box) -> dict[int, int] | None:
-    """How many elements of each of some pieces, by number, lie in a box; None where they do not make it up exactly.
+    """How many elements of those of some pieces, by number, that have any lie in a box; None where they do not make it
+    up exactly.
 
     `geometry` are their rows without where they are: the same for many tensors, such as a parameter and its moments.
     """
@@ -108,13 +106,22 @@ def _needed(geometry: bytes, shape: tuple[int, ...], place: Box) -> dict[int, in
 
 def needed_blocks(ranges: Iterable[BoxRange], image_bytes: int) -> NDArray[np.bool_]:
     """Which blocks of `FINE_BYTES` of an image hold bytes that the ranges need."""
-    firsts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    single: list[tuple[int, int]] = []
+    firsts, lasts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for one in ranges:
-        for begins, nbytes in _runs(one):
-            firsts.append(begins // FINE_BYTES)
-            ends.append((begins + nbytes - 1) // FINE_BYTES + 1)
+        itemsize = one.local.element_size()
+        for run in _runs(one.start, one.stop, one.at, one.sizes, one.place):
+            first, nbytes = one.offset + run.first * itemsize, run.length * itemsize
+            if not run.sizes:
+                single.append((first, first + nbytes - 1))
+                continue
+            begins = first + _grid(run.sizes, run.strides) * itemsize
+            firsts.append(begins)
+            lasts.append(begins + nbytes - 1)
+    whole = np.array(single, dtype=np.int64).reshape(-1, 2)
+    begin, end = np.concatenate([*firsts, whole[:, 0]]), np.concatenate([*lasts, whole[:, 1]])
     count = fine_count(image_bytes) + 1
-    steps = np.bincount(np.concatenate(firsts), minlength=count) - np.bincount(np.concatenate(ends), minlength=count)
+    steps = np.bincount(begin // FINE_BYTES, minlength=count) - np.bincount(end // FINE_BYTES + 1, minlength=count)
     needed: NDArray[np.bool_] = np.cumsum(steps[:-1]) > 0
     return needed
 
@@ -134,25 +141,52 @@ def units(needed: NDArray[np.bool_], image_bytes: int, *, fine: bool) -> list[tu
     return found
 
 
-def _runs(one: BoxRange) -> Iterable[tuple[NDArray[np.int64], int]]:
-    """The contiguous runs of bytes that are needed of a piece: where they begin in the image, and how long each is."""
-    itemsize = one.local.element_size()
-    strides = row_major(one.sizes)
-    for box in one.boxes(one.start, one.stop):
-        shared = intersect(box, one.place)
+class _Run(NamedTuple):
+    """Contiguous elements that are needed of a piece, `length` each: `first` is where the first begin, from the piece's
+    own first; `sizes` and `strides` lead to the others. All in elements.
+    """
+
+    first: int
+    length: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _runs(start: int, stop: int, at: tuple[int, ...], sizes: tuple[int, ...], place: Box) -> tuple[_Run, ...]:
+    """What a box `place` needs of elements [start, stop) of the box (`at`, `sizes`). The same for many tensors."""
+    found = []
+    strides = row_major(sizes)
+    for box in _boxes_at(at, start, stop, sizes):
+        shared = intersect(box, place)
         if shared is None:
             continue
         inner, dim = 1, len(shared[1])
         while dim:
             dim -= 1
             inner *= shared[1][dim]
-            if shared[1][dim] != one.sizes[dim]:  # beyond it, something else lies between
+            if shared[1][dim] != sizes[dim]:  # beyond it, something else lies between
                 break
-        first = sum((x - a) * s for x, a, s in zip(shared[0], one.at, strides, strict=True)) - one.start
-        begins = np.array([first], dtype=np.int64)
-        for size, stride in zip(shared[1][:dim], strides[:dim], strict=True):
-            begins = (begins[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
-        yield one.offset + begins * itemsize, inner * itemsize
+        first = sum((x - a) * s for x, a, s in zip(shared[0], at, strides, strict=True)) - start
+        outer = [(size, stride) for size, stride in zip(shared[1][:dim], strides[:dim], strict=True) if size > 1]
+        found.append(_Run(first, inner, tuple(size for size, _ in outer), tuple(stride for _, stride in outer)))
+    return tuple(found)
+
+
+def _grid(sizes: Sequence[int], strides: Sequence[int]) -> NDArray[np.int64]:
+    """Where the elements of an array with these strides are, from the first."""
+    found = np.zeros(1, dtype=np.int64)
+    for size, stride in zip(sizes, strides, strict=True):
+        found = (found[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
+    return found
+
+
+def _boxes_at(at: tuple[int, ...], start: int, stop: int, sizes: tuple[int, ...]) -> list[Box]:
+    """Elements [start, stop) of the box (`at`, `sizes`), as boxes of the global tensor in the order of their bytes."""
+    return [
+        (tuple(a + b for a, b in zip(at, inner, strict=True)), size)
+        for inner, size in boxes_of_range(start, stop, sizes)
+    ]
 
 
 class BoxScatter:

@@ -14,27 +14,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from resilient.checkpoint.agent.client import AgentClient, ImageInfo
+from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.extras import Extras
 from resilient.checkpoint.leaves import Leaves, no_collection
 from resilient.checkpoint.levels.image_io import read_image_range, read_record
-from resilient.checkpoint.levels.open import open_store
-from resilient.checkpoint.levels.store import Store
-from resilient.checkpoint.names import complete_steps, records_by_step
 from resilient.checkpoint.restore.blocks import LOST, why
-from resilient.checkpoint.restore.decide import Damaged, Decision, Facts, Place, decide
+from resilient.checkpoint.restore.decide import Damaged, Decision, Place, decide
 from resilient.checkpoint.restore.exchange import receive_remote
 from resilient.checkpoint.restore.images import Image
 from resilient.checkpoint.restore.load import Proposal, is_cut_otherwise
+from resilient.checkpoint.restore.looking import Lookout
 from resilient.checkpoint.restore.reshape import Reshaper
 from resilient.checkpoint.restore.same_shape import agreed_proposal
 from resilient.checkpoint.restore.scatter import Scatter
 from resilient.checkpoint.restore.source import InMemory, InStore
 from resilient.checkpoint.world import World
-from resilient.errors import LevelFailed, ResilientError
+from resilient.errors import ResilientError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
@@ -92,11 +90,8 @@ class Restorer:
         self._state = state
         self._found = found
         self._policy = policy
-        self._urls = {"durable": url} | ({} if policy.local is None else {"local": policy.local})
-        self._stores: dict[str, Store] = {}
+        self._lookout = Lookout(client, world, url, policy, peers=peers, steps=steps)
         self._fresh = fresh
-        self._peers = peers
-        self._steps = steps
         self._mixed = False  # whether blocks of an image that turned out to be damaged are in the state
         self._records = 0  # of how many images this rank knows the record, or some pieces
         self._slot = 0  # where this rank's opened image lies in the agent's memory
@@ -114,7 +109,7 @@ class Restorer:
 
     def newest(self) -> int | None:
         """The step that `restore` would try first; no image is read. Raises as it does, too."""
-        decision = decide(self._facts())
+        decision = decide(self._lookout.facts())
         if decision.action not in ("restore", "reshape"):
             self._refuse_or_say_nothing_is_there(decision)
             return None
@@ -122,7 +117,7 @@ class Restorer:
 
     def _restore(self, extras: Extras) -> Restored | None:
         began = time.perf_counter()
-        facts = self._facts()
+        facts = self._lookout.facts()
         damaged: Damaged = frozenset()
         while True:  # bounded: each turn adds to `damaged`, of which there are finitely many
             decision = decide(facts, damaged)
@@ -174,9 +169,10 @@ class Restorer:
 
     def _reshape(self, decision: Decision, extras: Extras, began: float) -> tuple[Restored | None, Damaged]:
         """Take what this job needs of a snapshot that a job of another size has made."""
+        stores = self._lookout.stores
         with ExitStack() as opened:
             reshaper = Reshaper(
-                self._client, self._world, self._state, self._found, self._stores, decision, opened, self._policy
+                self._client, self._world, self._state, self._found, stores, decision, opened, self._policy
             )
             done, damaged = reshaper.run(extras, fresh=self._fresh)
         self._mixed = self._mixed or (reshaper.touched and bool(damaged))
@@ -200,81 +196,6 @@ class Restorer:
             read_records=done.records,
         )
         return restored, frozenset()
-
-    # ---- facts
-
-    def _facts(self) -> list[Facts]:
-        """Where every rank's images are. Only rank 0 lists the durable level, for all."""
-        world = self._world
-        rows = world.gather_results(self._look)
-        durable = dict(rows[0]["durable"])
-        ours = tuple(step for step, size in durable.items() if size == world.world_size)
-        others = {step: size for step, size in durable.items() if size != world.world_size}
-        facts = [
-            Facts(
-                rank=rank,
-                steps={**{level: tuple(row[level]) for level in ("memory", "parity", "local")}, "durable": ours},
-                other_worlds=others,
-                others=tuple((step, size, other, level) for step, size, other, level in row["others"]),
-                unseen=tuple(row["unseen"]),
-            )
-            for rank, row in enumerate(rows)
-        ]
-        return facts if self._steps is None else [one.only(self._steps) for one in facts]
-
-    def _look(self) -> dict[str, Any]:
-        """What this rank can see: steps in memory and on the local level, and on rank 0 what is durable."""
-        rank, size = self._world.rank, self._world.world_size
-        self._stores = {level: open_store(url, retries=self._policy.retries) for level, url in self._urls.items()}
-        images = self._client.images()
-        unseen: list[str] = []
-        local = records_by_step(self._names("local", unseen))
-        durable = complete_steps(self._names("durable", unseen)) if rank == 0 else {}
-        return {
-            "memory": sorted({image.step for image in images if (image.rank, image.world_size) == (rank, size)}),
-            "parity": self._recoverable(unseen),
-            "local": [step for step, sizes in local.items() if rank in sizes.get(size, ())],
-            "durable": list(durable.items()),
-            "others": self._others(images, local, unseen),
-            "unseen": unseen,
-        }
-
-    def _others(
-        self, images: Sequence[ImageInfo], local: Mapping[int, Mapping[int, set[int]]], unseen: list[str]
-    ) -> list[tuple[int, int, int, str]]:
-        """(step, world size, rank, level) of the images of jobs of other sizes that this rank can reach."""
-        size = self._world.world_size
-        found = [(each.step, each.world_size, each.rank, "memory") for each in images]
-        found += [
-            (step, other, rank, "local")
-            for step, sizes in local.items()
-            for other, ranks in sizes.items()
-            for rank in sorted(ranks)
-        ]
-        try:
-            if self._peers and self._world.rank == self._world.node_ranks[0]:
-                found += [(*each, "parity") for each in self._client.images_of_others(size)]
-        except (LevelFailed, TimeoutError) as error:
-            unseen.append(f"rank {self._world.rank}: {error}")
-        return [each for each in found if each[1] != size]
-
-    def _recoverable(self, unseen: list[str]) -> list[int]:
-        """The steps at which this rank's image can be had from other nodes."""
-        try:
-            return self._client.recoverable() if self._peers else []
-        except (LevelFailed, TimeoutError) as error:
-            unseen.append(f"rank {self._world.rank}: {error}")
-            _log.warning("rank %d: other nodes cannot be asked for images: %s", self._world.rank, error)
-            return []
-
-    def _names(self, level: str, unseen: list[str]) -> list[str]:
-        """What a level lists. One that is out of reach is noted, for the others may still serve."""
-        try:
-            return self._stores[level].list() if level in self._stores else []
-        except LevelFailed as error:
-            unseen.append(f"rank {self._world.rank}: {error}")
-            _log.warning("rank %d: level %s cannot be looked at: %s", self._world.rank, level, error)
-            return []
 
     def _refuse_or_say_nothing_is_there(self, decision: Decision) -> None:
         if decision.action == "refuse":
@@ -319,7 +240,7 @@ class Restorer:
             mapped = opened.enter_context(self._client.map_image(rank, step, size, slot_id=slot))
             self._slot = mapped.slot_id
             return Image(InMemory(mapped.record, level, mapped.view, read=mapped.read))
-        store = self._stores[level]
+        store = self._lookout.stores[level]
         record = read_record(store, step, rank, size)
         source = InStore(record, level, partial(read_image_range, store, record))
         opened.callback(source.close)

@@ -6,6 +6,7 @@ Only where an agent of this job runs already: whoever only reads starts none, an
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 from resilient.checkpoint.agent.address import address_of
 from resilient.checkpoint.agent.buffers import MappedImage
@@ -114,6 +115,7 @@ def agent_memory(url: str, world: World, policy: Policy) -> AgentMemory | None:
         if sock is None:
             return None
         sock.close()
-        client = AgentClient.connect(hello_of(run_id, url, world, policy), lambda _: None, lambda _: None)
+        hello = replace(hello_of(run_id, url, world, policy), reads=True)
+        client = AgentClient.connect(hello, lambda _: None, lambda _: None)
         return AgentMemory(client)
     return None

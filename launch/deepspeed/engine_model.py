@@ -14,7 +14,8 @@ from torch import Tensor
 from resilient.checkpoint.extras import apply_extra_states
 from resilient.checkpoint.formats.deepspeed_engine import Flat, flats, ranks_of, replicas_of, shape_of
 from resilient.checkpoint.formats.deepspeed_zero import Fragment, parts_of_rank
-from resilient.checkpoint.leaves import Leaf, Leaves, modules_of, range_of, with_extra_state
+from resilient.checkpoint.leaves import Leaf, Leaves, range_of
+from resilient.checkpoint.modules import modules_of, with_extra_state
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.provided import Provided, Saved, Wanted
 from resilient.checkpoint.unsavable import refuse_tensor

@@ -55,12 +55,11 @@ def decide_claim(level: str, probe: Probe, question: Question) -> Finding | None
     if process.get("host") == question.host:
         told = f"held by this run's agent here, process {process.get('pid')}: it waits for the job, or serves it"
         return ok(name, told)
-    return warn(
-        name,
-        f"held by this run, by process {process.get('pid')} on {process.get('host')}, which lives: a job that starts "
-        "here takes the place over",
-        "make sure that no job of this run is left there, or give this one another URL",
-    )
+    told = f"held by this run, by process {process.get('pid')} on {process.get('host')}, which lives"
+    advice = "make sure that no job of this run is left there, or give this one another URL"
+    if probe.claim.get("rank_0", True):
+        return fail(name, f"{told} and has a rank 0 that trains: a job that starts here is refused", advice)
+    return warn(name, f"{told}, without its rank 0: a job that starts here takes the place over", advice)
 
 
 def decide_direct(level: str, probe: Probe) -> Finding | None:

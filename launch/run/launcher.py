@@ -134,8 +134,8 @@ class Launcher(LocalElasticAgent):
         folder = self._scratch / f"life_{agreed.life}"
         folder.mkdir()
         self._reporter.speaks = group.group_rank == 0
-        self._told = replace(self._told, life=agreed.life, token=agreed.token, nodes=agreed.nodes)
-        os.environ["RESILIENT_TOKEN"] = agreed.token
+        self._told = replace(self._told, life=agreed.life, token=agreed.token, launch=agreed.launch, nodes=agreed.nodes)
+        os.environ["RESILIENT_TOKEN"], os.environ["RESILIENT_LAUNCH"] = agreed.token, agreed.launch
         os.environ[EVENTS] = str(folder)
         # The base class tells workers max_restarts - _remaining_restarts as their restart count: so it is the number of
         # the life, the same on all nodes, where each would count for itself.

@@ -9,6 +9,7 @@ is of the dead.
 import errno
 import json
 import os
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,23 +43,27 @@ _BROKEN = "resilient/broken"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """What a node tells: its name, the last life it has seen and who was in it, the command it runs, the token if it
-    has one.
+    """What a node tells: its name, the last life it has seen and who was in it, the command it runs, the token and the
+    name of the launch if it has them.
     """
 
     node: str
     life: int = -1
     command: str = ""
     token: str | None = None
+    launch: str | None = None
     nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
-    """What holds for all nodes in this life. `lost` and `new`: nodes that have gone and come since the last."""
+    """What holds for all nodes in this life. `lost` and `new`: nodes that have gone and come since the last; `launch`:
+    a name that all lives of this job have in common, and no other job has.
+    """
 
     life: int
     token: str = field(repr=False)
+    launch: str
     nodes: tuple[str, ...]
     lost: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
@@ -186,6 +191,7 @@ def _decided(everyone: Sequence[Told]) -> dict[str, Any]:
         Agreed(
             life=newest.life + 1,
             token=token,
+            launch=newest.launch or secrets.token_hex(8),
             nodes=tuple(nodes),
             lost=tuple(node for node in newest.nodes if node not in nodes),
             new=tuple(node for node in nodes if newest.nodes and node not in newest.nodes),

@@ -70,6 +70,7 @@ set -u
 RESILIENT_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
 export RESILIENT_TOKEN
 export RESILIENT_RUN_ID=slurm-$SLURM_JOB_ID  # a requeued job keeps its number
+export RESILIENT_LAUNCH=$RESILIENT_RUN_ID.${{SLURM_RESTART_COUNT:-0}}  # no life of it waits for the one before
 export RESILIENT_RUNTIME_DIR=/tmp            # sockets; on the node, and of a short path
 export RESILIENT_PREEMPT_SIGNALS="SIGUSR1 SIGTERM" RESILIENT_GRACE_S={job.grace_s}
 {given}

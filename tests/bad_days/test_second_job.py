@@ -34,6 +34,27 @@ def test_a_second_process_of_the_same_run_is_refused_while_the_first_lives(
     assert child.lives
 
 
+def test_a_second_job_of_the_same_run_on_another_node_is_refused_and_succeeds_the_first_once_that_is_dead(
+    checkpointer: Make, trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, settings = tmp_path / "url", {"durable_every": 1, "run_id": "same"}
+    monkeypatch.setenv("RESILIENT_NODE", "first")
+    child = trainers.start("hold", url=str(url), **settings)
+    child.until_told("holding")
+    monkeypatch.setenv("RESILIENT_NODE", "second")
+    training = Training(seed=6)
+    began = time.monotonic()
+    with pytest.raises(UrlInUse, match=r"'same' .*second job with the same run id"):
+        checkpointer(url, training.state, **settings)
+    assert time.monotonic() - began < 20.0, "it took longer than a beat and a start"
+    assert child.lives
+    child.kill()
+    began = time.monotonic()
+    loading = checkpointer(url, training.state, **settings)
+    assert time.monotonic() - began < 8.0, "nobody was to be waited for"
+    assert loading.restore() == 1
+
+
 @pytest.mark.parametrize("killed", ["trainer", "both"])
 @pytest.mark.parametrize("run_id", ["first", "second"])
 def test_a_killed_job_is_succeeded_at_once(

@@ -185,17 +185,18 @@ def test_room_is_needed_for_what_is_kept_and_for_one_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run_id", "host", "beats", "verdict"),
+    ("run_id", "host", "beats", "rank_0", "verdict"),
     [
-        ("theirs", "n3", True, Verdict.FAIL),
-        ("theirs", "n3", False, Verdict.OK),
-        ("ours", "n3", True, Verdict.WARN),  # a second job of our run, on another node
-        ("ours", "here", True, Verdict.OK),  # the agent that waits for us
-        ("ours", "n3", False, Verdict.OK),
+        ("theirs", "n3", True, True, Verdict.FAIL),
+        ("theirs", "n3", False, True, Verdict.OK),
+        ("ours", "n3", True, True, Verdict.FAIL),  # a second job of our run, on another node
+        ("ours", "n3", True, False, Verdict.WARN),  # what an earlier job of our run has left is still being written
+        ("ours", "here", True, True, Verdict.OK),  # the agent that waits for us
+        ("ours", "n3", False, True, Verdict.OK),
     ],
 )
-def test_a_claim_that_lives_is_in_the_way(run_id: str, host: str, beats: bool, verdict: Verdict) -> None:
-    claim = {"run_id": run_id, "process": {"pid": 17, "host": host}}
+def test_a_claim_that_lives_is_in_the_way(run_id: str, host: str, beats: bool, rank_0: bool, verdict: Verdict) -> None:
+    claim = {"run_id": run_id, "process": {"pid": 17, "host": host}, "rank_0": rank_0}
     asked = replace(question(run_id="ours"), host="here")
     found = levels.decide_claim("url", probe(claim=claim, claim_beats=beats), asked)
     assert found is not None

@@ -34,7 +34,9 @@ def test_a_fresh_job_agrees_on_its_first_life_and_a_new_token() -> None:
     assert first == second
     assert (first.life, first.nodes, first.lost, first.new) == (0, ("n1", "n2"), (), ())
     assert len(first.token) == 64
-    assert agreed_by(Told(node="n1"))[0].token != first.token
+    another = agreed_by(Told(node="n1"))[0]
+    assert another.token != first.token
+    assert another.launch != first.launch
 
 
 def test_a_token_that_was_given_to_one_node_is_known_to_all() -> None:
@@ -43,8 +45,11 @@ def test_a_token_that_was_given_to_one_node_is_known_to_all() -> None:
 
 def test_the_node_that_has_seen_the_newest_life_knows_the_number_the_token_and_who_is_missing() -> None:
     spare = Told(node="n4", token="older")
-    survivors = [Told(node=node, life=4, token="kept", nodes=("n1", "n2", "n3")) for node in ("n1", "n3")]
+    survivors = [
+        Told(node=node, life=4, token="kept", launch="ours", nodes=("n1", "n2", "n3")) for node in ("n1", "n3")
+    ]
     for agreed in agreed_by(spare, *survivors):
+        assert agreed.launch == "ours"
         assert (agreed.life, agreed.token, agreed.nodes) == (5, "kept", ("n4", "n1", "n3"))
         assert (agreed.lost, agreed.new) == (("n2",), ("n4",))
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -49,6 +50,25 @@ def join_without_an_address(make: Callable[[], Job], url: str) -> str:
 def start_anew(make: Callable[[], Job], url: str, parity: str) -> int | None:
     with checkpointing(Path(url), made(make, 2), policy(parity)) as checkpointer:
         return checkpointer.restore()
+
+
+def save_within(make: Callable[[], Job], url: str, parity: str, steps: int) -> tuple[int, list[str]]:
+    """Save with the least memory_budget that is not refused; that budget, and how the saves end at the parity level."""
+    job = made(make, 1)
+    job.step()  # the optimizer's state is there only now
+    refused = Checkpointer(url, job.state, policy(parity, memory_budget=1))
+    error = refused.save(1).durable("memory").exception(40)
+    refused.close()
+    found = re.search(r"set memory_budget to (\d+) or more", str(error))
+    assert found is not None, f"two images in one byte: {error}"
+    least = max(refused.world.gather(int(found[1])))
+    outcomes = []
+    with checkpointing(Path(url), job, policy(parity, memory_budget=least)) as checkpointer:
+        for step in range(2, 2 + steps):
+            job.step()
+            error = checkpointer.save(step).durable("parity").exception(40)
+            outcomes.append("safe" if error is None else str(error))
+    return least, outcomes
 
 
 def lose_an_agent_and_go_on(make: Callable[[], Job], url: str, in_mid_save: bool) -> list[str]:

@@ -96,3 +96,11 @@ def test_a_rank_that_cannot_join_the_others_keeps_nobody_waiting(tmp_path: Path)
     messages = run(parity.join_without_an_address, 2, jobs.own, str(tmp_path), nodes=("a", "b"), deadline_s=30)
     assert all("set peer_address" in message for message in messages), messages
     assert messages[0].startswith("rank 1: ")
+
+
+def test_images_and_parity_keep_to_the_least_budget_that_is_accepted(tmp_path: Path) -> None:
+    """Three nodes where the policy is for five: k is 2, so parity takes a third of the budget and not a fifth."""
+    found = run(parity.save_within, 3, jobs.fsdp, str(tmp_path), "4+1", 4, nodes=("a", "b", "c"))
+    for least, outcomes in found:
+        assert outcomes == ["safe"] * 4
+        assert least % 3 == 0

@@ -1,18 +1,21 @@
 """The agent in a thread: its claim on the url, whom it refuses, and how it ends."""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from resilient.checkpoint.agent.address import address_of
-from resilient.checkpoint.levels.store import MemoryStore
+from resilient.checkpoint.levels.store import MemoryStore, Store
 from resilient.checkpoint.names import complete_steps
 from resilient.errors import AgentLost, LevelFailed, OverBudget, PolicyError, UrlInUse, UsageError
 from resilient.policy import Policy
 from tests.checkpoint.agent.conftest import DURABLE_URL, Served
 from tests.checkpoint.agent.trainer import GatedStore, Trainer, image_of
+from tests.conformance.store_contract import get, put
 
 SMALL = 1000
 
@@ -20,6 +23,11 @@ Eventually = Callable[..., None]
 
 
 # --- the claim, the policy, the ends
+
+
+def claim_in(store: Store) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(get(store, "claim.json"))
+    return told
 
 
 def test_rank_0_holds_a_claim_on_the_url_until_all_have_ended(served: Served, durable: MemoryStore) -> None:
@@ -156,9 +164,9 @@ def test_a_claim_that_another_job_took_stops_the_writes_until_rank_0_has_it_agai
     agent = served.start(url=DURABLE_URL)
     trainer = Trainer(url=DURABLE_URL)
     trainer.plan(SMALL)
-    keeper = agent._node.claim
+    keeper = agent._node.tenure.keeper
     assert keeper is not None
-    agent._loop.post(lambda: agent._node._on_claim_lost(keeper, UrlInUse("run 'other' took it over")))
+    agent._loop.post(lambda: agent._node.tenure.lose(keeper, UrlInUse("run 'other' took it over")))
     trainer.client.status()
     trainer.save(1, levels=["durable"], size=SMALL)
     assert "run 'other' took it over" in trainer.wait_for("failed", 1, "durable")["error"]
@@ -169,17 +177,67 @@ def test_a_claim_that_another_job_took_stops_the_writes_until_rank_0_has_it_agai
     again.wait_for("complete", 2, "durable")
 
 
+def test_a_claim_says_at_once_that_rank_0_has_left_or_come_back(served: Served, eventually: Eventually) -> None:
+    gate = threading.Event()
+    served.stores[DURABLE_URL] = store = GatedStore(gate, DURABLE_URL)
+    served.start(url=DURABLE_URL)
+    trainers = [Trainer(rank, 2, url=DURABLE_URL) for rank in range(2)]
+    trainers[0].plan(SMALL)
+    trainers[0].save(1, levels=["durable"], size=SMALL)
+    eventually(lambda: store.begun == 1, "the image is being written")
+    assert claim_in(store)["rank_0"]
+    trainers[0].vanish()  # the image is still being written, so the url is not given back
+    eventually(lambda: not claim_in(store)["rank_0"], "the claim says that rank 0 has left", 5)
+    again = Trainer(0, 2, url=DURABLE_URL)
+    eventually(lambda: claim_in(store)["rank_0"], "the claim says that rank 0 is back", 5)
+    gate.set()
+    again.vanish()
+
+
+def test_a_node_that_rank_0_has_moved_away_from_goes_on_writing(served: Served, eventually: Eventually) -> None:
+    """The job came back with rank 0 elsewhere: its agent there has the claim, and this one hears of it at a beat."""
+    served.stores[DURABLE_URL] = store = MemoryStore(DURABLE_URL)
+    agent = served.start(url=DURABLE_URL)
+    before = Trainer(0, 2, url=DURABLE_URL)
+    stays = Trainer(1, 2, url=DURABLE_URL)
+    put(store, "claim.json", json.dumps({**claim_in(store), "token": "of another agent"}).encode())
+    before.vanish()
+    eventually(lambda: agent._node.tenure.keeper is None, "the claim is let go")
+    stays.plan(SMALL)
+    stays.save(1, levels=["durable"], size=SMALL)
+    eventually(lambda: any(name.endswith("rank_00001-of-00002.json") for name in store.list()), "rank 1 has written")
+
+
+def test_who_only_reads_claims_nothing_and_does_not_keep_the_agent_for_longer(
+    served: Served, durable: MemoryStore, eventually: Eventually
+) -> None:
+    agent = served.start(url=DURABLE_URL)
+    trainer = Trainer(url=DURABLE_URL, policy=Policy(agent_idle_s=30))
+    trainer.plan(SMALL)
+    trainer.save(1, size=SMALL)
+    trainer.wait_for("complete", 1)
+    trainer.vanish()
+    eventually(lambda: "claim.json" not in durable.list(), "the url is given back")
+    reader = Trainer(url=DURABLE_URL, policy=Policy(agent_idle_s=600), reads=True)
+    assert reader.image(0, 1) == image_of(0, 1, SMALL)
+    assert "claim.json" not in durable.list()
+    reader.vanish()
+    eventually(lambda: not agent._node.by_rank, "the reader is gone")
+    served.clock.now += 31
+    served.wait_ended()
+
+
 def test_a_claim_that_was_given_back_cannot_be_lost_for_the_one_that_followed(served: Served) -> None:
     """A beat that is under way while the url is given back may find the agent's own next claim there."""
     served.stores[DURABLE_URL] = MemoryStore(DURABLE_URL)
     agent = served.start(url=DURABLE_URL)
     first = Trainer(url=DURABLE_URL)
-    former = agent._node.claim
+    former = agent._node.tenure.keeper
     assert former is not None
     first.vanish()
     again = Trainer(url=DURABLE_URL)
-    assert agent._node.claim is not former
-    agent._loop.post(lambda: agent._node._on_claim_lost(former, UrlInUse("this run took it over")))
+    assert agent._node.tenure.keeper is not former
+    agent._loop.post(lambda: agent._node.tenure.lose(former, UrlInUse("this run took it over")))
     again.plan(SMALL)
     again.save(1, levels=["durable"], size=SMALL)
     again.wait_for("complete", 1, "durable")

@@ -38,6 +38,7 @@ class Trainer:
         url: str | None = None,
         policy: Policy | None = None,
         timeout_s: float = 30.0,
+        reads: bool = False,
     ) -> None:
         self.rank = rank
         self.events: list[dict[str, Any]] = []
@@ -50,6 +51,7 @@ class Trainer:
             world_size=world_size,
             node_ranks=tuple(range(world_size) if node_ranks is None else node_ranks),
             policy=policy or Policy(),
+            reads=reads,
         )
         self.client = AgentClient.connect(hello, self._on_event, self._on_lost, timeout_s)
         self.all.append(self)

@@ -22,7 +22,7 @@ class FakeClock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.during_sleep: Callable[[], None] = lambda: None
+        self.during_sleep: Callable[[], object] = lambda: None
 
     def monotonic(self) -> float:
         return self.now
@@ -68,12 +68,79 @@ def test_a_free_url_is_taken_at_once_kept_and_given_back(store: Store, clock: Fa
     assert clock.now == 0
 
 
-def test_a_restart_of_the_same_run_takes_over_at_once(store: Store, clock: FakeClock) -> None:
+def test_a_restart_of_a_run_whose_node_has_died_takes_over_after_a_beat(store: Store, clock: FakeClock) -> None:
     Claim(store, "run-1", clock=clock).take()
     make_foreign(store, host="elsewhere")
     Claim(store, "run-1", clock=clock).take()
     assert held(store)["process"]["host"] == this_process().host
+    assert 10 < clock.now <= 12
+
+
+def test_a_restart_of_a_run_whose_rank_0_has_left_takes_over_at_once(store: Store, clock: FakeClock) -> None:
+    first = Claim(store, "run-1", clock=clock)
+    first.take()
+    make_foreign(store, host="elsewhere")
+    assert first.beat(rank_0=False)
+    make_foreign(store, host="elsewhere")
+    Claim(store, "run-1", clock=clock).take()
     assert clock.now == 0
+    assert not first.beat(rank_0=False)
+
+
+def test_a_second_job_of_a_run_that_trains_is_refused_within_a_beat(store: Store, clock: FakeClock) -> None:
+    first = Claim(store, "run-1", clock=clock)
+    first.take()
+    make_foreign(store, host="elsewhere")
+
+    def beat_when_due() -> None:
+        if clock.now >= 10:
+            put(store, NAME, json.dumps({**held(store), "beat": 1}).encode())
+
+    clock.during_sleep = beat_when_due
+    with pytest.raises(UrlInUse, match=r"'run-1' .* on elsewhere\) lives.*second job with the same run id"):
+        Claim(store, "run-1", clock=clock).take()
+    assert clock.now <= 12
+    assert first.beat(), "the first job was disturbed"
+
+
+def test_rank_0_that_leaves_while_its_successor_waits_lets_it_in(store: Store, clock: FakeClock) -> None:
+    first = Claim(store, "run-1", clock=clock)
+    first.take()
+    make_foreign(store, host="elsewhere")
+
+    def leave() -> None:
+        put(store, NAME, json.dumps({**held(store), "beat": 1, "rank_0": False}).encode())
+
+    clock.during_sleep = leave
+    Claim(store, "run-1", clock=clock).take()
+    assert clock.now <= 1
+
+
+@pytest.mark.parametrize(("launch", "waits"), [("one", False), ("two", True), (None, True)])
+def test_a_later_life_of_the_same_launch_need_not_wait_for_a_node_that_is_lost(
+    store: Store, clock: FakeClock, launch: str | None, waits: bool
+) -> None:
+    Claim(store, "run-1", launch="one", clock=clock).take()
+    make_foreign(store, host="elsewhere")
+    Claim(store, "run-1", launch=launch, clock=clock).take()
+    assert (clock.now > 0) == waits
+
+
+def test_a_claim_of_an_older_version_says_nothing_of_rank_0_and_is_watched(store: Store, clock: FakeClock) -> None:
+    Claim(store, "run-1", clock=clock).take()
+    make_foreign(store, host="elsewhere")
+    put(store, NAME, json.dumps({k: v for k, v in held(store).items() if k not in ("rank_0", "launch")}).encode())
+    Claim(store, "run-1", clock=clock).take()
+    assert 10 < clock.now <= 12
+
+
+def test_a_claim_that_another_run_took_is_lost_though_rank_0_has_left(store: Store, clock: FakeClock) -> None:
+    first = Claim(store, "run-1", clock=clock)
+    first.take()
+    make_foreign(store, host="elsewhere")
+    Claim(store, "run-2", clock=clock).take()
+    with pytest.raises(UrlInUse, match="run-2.*took it over"):
+        first.beat(rank_0=False)
 
 
 def test_the_claim_of_a_process_that_died_on_this_host_is_taken_over_at_once(store: Store, clock: FakeClock) -> None:

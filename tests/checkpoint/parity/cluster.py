@@ -134,15 +134,15 @@ class Cluster:
         self._all.append(node)
         return node
 
-    def configure(self, m: int) -> None:
+    def configure(self, m: int, budget_bytes: int | None = None) -> None:
         """All living nodes are one group."""
         names = sorted(self.nodes)
         for node in self.nodes.values():
-            self.configure_one(node, names, m)
+            self.configure_one(node, names, m, budget_bytes)
 
-    def configure_one(self, node: FakeNode, names: list[str], m: int) -> None:
+    def configure_one(self, node: FakeNode, names: list[str], m: int, budget_bytes: int | None = None) -> None:
         node.transport.set_peers({name: Address(name, 1) for name in names if name != node.name})
-        node.call(lambda: node.service.configure(names, m))
+        node.call(lambda: node.service.configure(names, m, budget_bytes=budget_bytes))
 
     def kill(self, name: str) -> None:
         self.nodes.pop(name).stop()

@@ -111,6 +111,25 @@ def test_a_peer_that_is_out_of_reach_holds_parity_up_and_no_more(cluster: Cluste
     assert fetch(cluster, "b", 2, 3) == images[2]
 
 
+def test_a_snapshot_whose_parity_is_beyond_the_budget_has_none_until_older_parity_is_let_go(
+    cluster: Cluster, eventually: Eventually
+) -> None:
+    sizes = {"a": {0: 6 * MIB}, "b": {1: 6 * MIB}, "c": {2: 6 * MIB}}
+    for name in sizes:
+        cluster.start(name)
+    cluster.configure(1, budget_bytes=2 * 3 * MIB)  # of two snapshots
+    for step in (1, 2):
+        cluster.seal("x", step, sizes)
+        eventually(partial(cluster.all_whole, ("x", step)), "whole")
+    cluster.seal("x", 3, sizes)
+    eventually(lambda: all(("x", 3) in node.heard for node in cluster.nodes.values()), "all have heard")
+    assert all("raise memory_budget" in str(node.heard["x", 3]) for node in cluster.nodes.values())
+    for node in cluster.nodes.values():
+        node.call(partial(node.service.keep, {("x", 2)}))
+    cluster.seal("x", 4, sizes)
+    eventually(partial(cluster.all_whole, ("x", 4)), "whole")
+
+
 def test_what_one_node_drops_fails_on_the_others(cluster: Cluster, eventually: Eventually) -> None:
     for name in ("a", "b"):
         cluster.start(name)

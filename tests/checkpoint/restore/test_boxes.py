@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -108,3 +109,33 @@ def test_elements_that_are_nowhere_are_missed() -> None:
     with pytest.raises(DamagedImage, match="'w'"):
         box_ranges(one_piece((4, 4), drop=1), torch.zeros(4, 4), ((0, 0), (4, 4)), [0])
     assert box_ranges(one_piece((4, 4), drop=1), torch.zeros(2, 4), ((1, 0), (2, 4)), [0])
+
+
+def cut_in_rows(offset: int) -> Described:
+    """A tensor that four ranks hold some rows of each."""
+    pieces = [
+        StoredPiece(piece=Piece.box((64, 32), (16 * rank, 0), (16, 32)), file=rank, offset=offset) for rank in range(4)
+    ]
+    return Described(name="w", kind="parameter", dtype="float32", shape=(64, 32), pieces=PieceTable.of(pieces))
+
+
+def test_of_tensors_that_are_cut_alike_only_the_first_is_thought_about() -> None:
+    """Layers, and a parameter's moments, differ only by where they are. Counted are the calls of Python's functions."""
+    local = torch.zeros(24, 32)
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    def plan(offset: int) -> int:
+        nonlocal calls
+        tensor, calls = cut_in_rows(offset), 0
+        sys.setprofile(count)
+        ranges = box_ranges(tensor, local, ((20, 0), (24, 32)), [0] * 4)
+        needed_blocks([one for one in ranges if one.image_rank == 1], 1 << 20)
+        sys.setprofile(None)
+        return calls
+
+    plan(4096)
+    assert plan(8192) < 40
