@@ -6,6 +6,8 @@ module.set_custom_all_gather(AllGather(striped))            # FSDP2, each module
 module.set_custom_reduce_scatter(ReduceScatter(striped))
 """
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -21,7 +23,7 @@ from resilient.comms.backend.striped import Striped
 from resilient.comms.collectives.fold import Reduction
 from resilient.errors import UsageError
 
-_stripes = 0
+_stripes: Counter[str] = Counter()  # so far, by the ranks of the group
 
 
 def stripe(group: dist.ProcessGroup | None = None, *, timeout: timedelta = timedelta(minutes=30)) -> Striped:
@@ -29,11 +31,10 @@ def stripe(group: dist.ProcessGroup | None = None, *, timeout: timedelta = timed
 
     Blocks until all are there. Raises UsageError on all ranks alike where lanes would not pay: the message says why.
     """
-    global _stripes
-    _stripes += 1
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-    key = f"resilient/stripe/{_stripes}/{'-'.join(map(str, ranks))}"
-    store: Any = dist.PrefixStore(key, _get_default_store())
+    name = hashlib.sha256(str(ranks).encode()).hexdigest()[:16]
+    _stripes[name] += 1
+    store: Any = dist.PrefixStore(f"resilient/stripe/{name}/{_stripes[name]}", _get_default_store())
     seconds = timeout.total_seconds()
     opened = open_group(store, dist.get_rank(group), len(ranks), Options.from_environment(), seconds)
     if opened.striped is None:

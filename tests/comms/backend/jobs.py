@@ -355,6 +355,21 @@ def as_the_default_group() -> None:
             caught(CollectiveFailed, lambda: dist.all_reduce(torch.ones(LARGE)))
 
 
+def stripes_of_subgroups() -> None:
+    """Ranks that have made different numbers of stripes before meet all the same."""
+    rank = dist.get_rank()
+    pair, whole = dist.new_group([0, 1]), dist.group.WORLD
+    made = [backend.stripe(pair, timeout=timedelta(seconds=30))] if rank < 2 else []
+    made.append(backend.stripe(whole, timeout=timedelta(seconds=30)))
+    for striped in made:
+        tensor = torch.ones(LARGE)
+        striped.all_reduce(tensor).wait()
+        assert float(tensor[0]) == striped.size
+    dist.barrier()
+    for striped in made:
+        striped.close()
+
+
 def refused() -> str:
     return caught(UsageError, group)
 

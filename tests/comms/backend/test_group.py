@@ -81,6 +81,10 @@ def test_a_group_that_was_aborted_can_be_made_again(hosts: Topology) -> None:
     assert "rank 1 (host1) has aborted" in texts[0]
 
 
+def test_any_ranks_can_be_striped_whatever_others_have_done_before(hosts: Topology) -> None:
+    run(jobs.stripes_of_subgroups, 3, hosts(3))
+
+
 def test_it_can_be_the_default_group_and_be_made_again(hosts: Topology) -> None:
     run(jobs.as_the_default_group, 2, hosts(2))
 
