@@ -188,9 +188,8 @@ class ResilientProcessGroup(_Base):
         opts = opts if opts is not None else AllToAllOptions()
         if not self._takes(*outputs, *inputs) or len({tensor.dtype for tensor in (*outputs, *inputs)}) > 1:
             return self._of(outputs[0]).alltoall(outputs, inputs, opts)
+        # As with splits: others may send other sizes, so all of them take the same way.
         sent, received = [one.numel() for one in inputs], [one.numel() for one in outputs]
-        if len({*sent, *received}) == 1 and inputs[0].nbytes * len(inputs) < self._from:
-            return self._gloo.alltoall(outputs, inputs, opts)
         whole = torch.empty(sum(received), dtype=outputs[0].dtype)
         source = torch.cat([one.detach().reshape(-1) for one in inputs])
         return _Then(self._striped.all_to_all(whole, source, received, sent), outputs, whole)
@@ -225,6 +224,8 @@ class ResilientProcessGroup(_Base):
         """Every rank's collectives over lanes fail at once, with the same error."""
         self._striped.abort("abort() was called")
         self._gloo.abort()
+        if self._nccl is not None:
+            self._nccl.abort()
 
     def shutdown(self) -> None:
         """By `destroy_process_group`."""

@@ -7,7 +7,6 @@ module.set_custom_reduce_scatter(ReduceScatter(striped))
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,8 +22,6 @@ from resilient.comms.backend.striped import Striped
 from resilient.comms.collectives.fold import Reduction
 from resilient.errors import UsageError
 
-_stripes: Counter[str] = Counter()  # so far, by the ranks of the group
-
 
 def stripe(group: dist.ProcessGroup | None = None, *, timeout: timedelta = timedelta(minutes=30)) -> Striped:
     """Lanes among the ranks of a group, of whatever backend; all its ranks call it, in the same order of calls.
@@ -33,8 +30,9 @@ def stripe(group: dist.ProcessGroup | None = None, *, timeout: timedelta = timed
     """
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
     name = hashlib.sha256(str(ranks).encode()).hexdigest()[:16]
-    _stripes[name] += 1
-    store: Any = dist.PrefixStore(f"resilient/stripe/{name}/{_stripes[name]}", _get_default_store())
+    job = _get_default_store()  # which also counts: a rank that was replaced has to meet those that were not
+    count = job.add(f"resilient/stripe/{name}/calls/{dist.get_rank(group)}", 1)
+    store: Any = dist.PrefixStore(f"resilient/stripe/{name}/{count}", job)
     seconds = timeout.total_seconds()
     opened = open_group(store, dist.get_rank(group), len(ranks), Options.from_environment(), seconds)
     if opened.striped is None:

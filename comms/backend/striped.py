@@ -186,11 +186,15 @@ class Striped:
         )
 
         def call() -> None:
-            if before is not None:
-                before()
-            execute.run(self.lanes, job)
-            if after is not None:
-                after()
+            try:
+                if before is not None:
+                    before()
+                execute.run(self.lanes, job)
+                if after is not None:
+                    after()
+            except Exception as error:
+                self.lanes.abort(f"{what}: {error}")  # nothing where the lanes have failed before
+                raise
 
         return self._worker.submit(call, result)
 

@@ -1,7 +1,7 @@
 """Carries out a script over lanes: each step is planned for the rates of the moment, posted, waited for, folded.
 
-Runs on the group's own worker thread. Any failure is told to all ranks, which then fail alike: half a collective cannot
-be repeated by one of them.
+Runs on the group's own worker thread. Any failure has to be told to all ranks (`Lanes.abort`), which then fail alike:
+half a collective cannot be repeated by one of them.
 """
 
 from collections import Counter
@@ -58,15 +58,11 @@ def run(lanes: Lanes, job: Job) -> None:
     buffers = {name: flat_bytes(tensor) for name, tensor in job.buffers.items()}
     buffers["spare"] = torch.empty(job.script.spare, dtype=torch.uint8)
     views = {name: _view(tensor) for name, tensor in buffers.items()}
-    try:
-        for tag, turn in enumerate(job.script.turns):
-            transfer = _post(lanes, job, turn, tag, views)
-            if transfer is not None:
-                transfer.wait()
-            _fold(job, turn, buffers)
-    except Exception as error:
-        lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before
-        raise
+    for tag, turn in enumerate(job.script.turns):
+        transfer = _post(lanes, job, turn, tag, views)
+        if transfer is not None:
+            transfer.wait()
+        _fold(job, turn, buffers)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,12 @@ class Connection:
         if self._into.obj is not self._raw:
             self._into = memoryview(bytearray(len(self._into)))
 
+    def let_go(self) -> None:
+        """Of the memory of others: it may change from now on, and must not be changed."""
+        self._out = deque(memoryview(bytes(part)) for part in self._out)
+        if self.filling is not None:
+            self.divert()
+
     def close(self) -> None:
         self.sock.close()
 

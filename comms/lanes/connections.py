@@ -22,6 +22,7 @@ from resilient.comms.lanes.wire import Garbled, Header, Kind, frame
 from resilient.comms.lanes.wiring import Wiring
 
 CLOSING_S = 1.0
+_MOST_ANNOUNCED = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,12 @@ class Connections:
         self.peer(rank).ping()
         self.feed(self.peer(rank))
 
+    def comfort(self, pong: bytes) -> None:
+        """Say on connections that are not read for now that somebody is there."""
+        for connection in [one for connections in self.incoming.values() for one in connections if one.paused]:
+            connection.put(pong)
+            self.write(connection)
+
     def flood(self, raw: bytes) -> None:
         """Tell all that there is a connection with."""
         for connection in self._all():
@@ -148,10 +155,13 @@ class Connections:
         self._watch(connection)
 
     def forget_all(self) -> None:
-        """Drop what is still to be sent."""
+        """Drop what is still to be sent, and touch nobody's buffers any more."""
         self.silent = True
         for lane in [lane for peer in self.peers.values() for lane in peer.lanes]:
             lane.queue.empty()
+        for connection in self._all():
+            connection.let_go()
+        self.resume()
 
     def hang_up(self) -> None:
         """So that what has been said still arrives: acknowledgements above all."""
@@ -221,6 +231,8 @@ class Connections:
         for chunk in lane.queue.waiting:
             key = name(chunk.operation, chunk.tag)
             if key not in connection.announced:
+                if len(connection.announced) > _MOST_ANNOUNCED:
+                    connection.announced.clear()  # to announce again is harmless
                 connection.announced.add(key)
                 connection.put(frame(Kind.OPERATION, chunk.operation, self._on.fingerprint(key).encode(), key[1]))
 
@@ -241,11 +253,13 @@ class Connections:
             for connection in list(talking):
                 try:
                     connection.flush()
-                    if not connection.sock.recv(1 << 16):
-                        talking.remove(connection)
+                    ended = not connection.sock.recv(1 << 16)
                 except BlockingIOError:
                     continue
                 except OSError:
+                    ended = True
+                if ended:
                     talking.remove(connection)
+                    self.loop.forget(connection.sock)
             if talking:
                 self.loop.pause(0.02)

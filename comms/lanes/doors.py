@@ -1,6 +1,7 @@
 """What takes a while, beside the lanes' thread: connecting, accepting, and knocking at a rank that may be gone."""
 
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -9,10 +10,10 @@ from functools import partial
 from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.meeting import Meeting, accept, connect
 from resilient.comms.lanes.wiring import Wiring
-from resilient.errors import UsageError
 
 _THREADS = 4
 _KNOCK_S = 1.0
+_LAST_WORDS_S = 0.2  # what one that has ended said before may still be on its way
 
 
 class Doors:
@@ -64,7 +65,7 @@ class Doors:
         crosses = member.leaf != self._meeting.members[self._meeting.rank].leaf
         try:
             sock = connect(self._meeting, peer, path, self._wiring.ways(path, member.addresses, crosses=crosses))
-        except (OSError, UsageError) as error:
+        except Exception as error:  # a wiring may raise anything; a lane must not be opening for ever
             self._closed(peer, path, error)
             return
         self._opened(Connection(sock, peer, path, sending=True))
@@ -88,4 +89,5 @@ class Doors:
             except OSError:
                 continue
         if refused:
+            time.sleep(_LAST_WORDS_S)
             self._empty(peer)

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from resilient.comms.fabric import Fabric
@@ -32,6 +32,7 @@ _ASK_S = 1.0  # how often a peer that keeps us waiting is asked whether it is th
 _SILENT_S = 3.0  # a peer that has not answered for so long, at the end of the timeout, is gone
 _GRACE_S = 2.0  # after the timeout, for others to say whose fault it is
 _REMEMBERED = 4096  # operations whose fingerprints are known
+_MOST_TEXT = 4096  # characters: a message must fit a frame
 
 
 class Lanes:
@@ -66,7 +67,7 @@ class Lanes:
             opened=self._opened,
             broken=self._broken,
             not_opened=self._not_opened,
-            empty=lambda rank: self._gone(rank, "its process has ended"),
+            empty=self._empty,
             arrived=self._arrived,
             tick=self._tick,
             crashed=lambda error: self._fail(Failure("aborted", f"lanes of rank {self.rank}: {error!r}", self.rank)),
@@ -141,7 +142,8 @@ class Lanes:
         tags = [send.tag for send in sends] + [receive.tag for receive in receives]
         key = name(number, tags[0] if tags else 0)
         self._fingerprints[key] = operation.fingerprint
-        self._fingerprints.pop((number - _REMEMBERED, key[1]), None)
+        if len(self._fingerprints) > _REMEMBERED:
+            del self._fingerprints[next(iter(self._fingerprints))]
         for peer, text in self._told.pop(key, {}).items():
             self._compare(key, peer, text)
         for receive in receives:
@@ -210,7 +212,7 @@ class Lanes:
             case Kind.OPERATION:
                 self._compare((header.operation, header.tag), connection.peer, payload.decode(errors="replace"))
             case Kind.PING:
-                connection.put(frame(Kind.PONG, self._works.last, tag=int(self._works.any())))
+                connection.put(self._pong())
                 self._connections.write(connection)
             case Kind.BYE:
                 self._connections.peer(connection.peer).left(header.operation)
@@ -224,6 +226,9 @@ class Lanes:
                 with suppress(KeyError, TypeError, ValueError):
                     if self._rates.merge(report):
                         self._tell(report)
+
+    def _pong(self) -> bytes:
+        return frame(Kind.PONG, self._works.last, tag=int(self._works.any()))
 
     def _acknowledged(self, connection: Connection, count: int) -> None:
         lane = self._connections.lane_of(connection)
@@ -288,6 +293,10 @@ class Lanes:
             self._tell(self._rates.report(leaf, {lane.path: 0.0}))
         self._connections.feed(self._connections.peer(lane.peer))
 
+    def _empty(self, rank: int) -> None:
+        if rank in self._awaited():  # it may have said goodbye
+            self._gone(rank, "its process has ended")
+
     def _gone(self, rank: int, why: str) -> None:
         self._fail(gone(rank, self._meeting.members[rank].host, why))
 
@@ -307,6 +316,7 @@ class Lanes:
                 self._dead(lane)
             peer.resize()
             self._connections.feed(peer)
+        self._connections.comfort(self._pong())
         if self._works.oldest_s(now) > min(_ASK_S, self._timeout_s / 4):
             self._ask(now)
         late = self._works.overdue(now)
@@ -345,6 +355,7 @@ class Lanes:
     def _fail(self, failure: Failure) -> None:
         """The group has failed: tell all. What waits is ended when all had time to say what they know."""
         first = self._verdict.failure is None
+        failure = replace(failure, text=failure.text[:_MOST_TEXT])
         if not self._verdict.take(failure, time.monotonic()):
             return
         if first:

@@ -108,13 +108,15 @@ class Loop:
             self._crashed(error)
             raise
         finally:
-            self._at_end()
-            with self._lock:
-                self._ended = True
-            self._drain()
-            self._selector.close()
-            self._waker.close()
-            self._woken.close()
+            try:
+                self._at_end()
+            finally:
+                with self._lock:
+                    self._ended = True
+                self._drain()
+                self._selector.close()
+                self._waker.close()
+                self._woken.close()
 
     def _drain(self) -> None:
         while not self._calls.empty():

@@ -85,10 +85,12 @@ def meet(
     leaf: int,
     wiring: Wiring,
     listening: Sequence[socket.socket],
+    problem: str = "",
 ) -> Meeting:
     """Publish this rank and read all others; waits for them as long as the store's timeout.
 
-    Raises UsageError on every rank when ranks differ in their number of paths, whatever the store raises otherwise.
+    Raises UsageError on every rank when one has a `problem`, or ranks differ in their number of paths; whatever the
+    store raises otherwise.
     """
     if rank == 0:
         store.set(f"{name}/token", secrets.token_hex(32))
@@ -97,12 +99,17 @@ def meet(
         "leaf": leaf,
         "paths": wiring.paths,
         "addresses": [sock.getsockname()[:2] for sock in listening],
+        "problem": problem,
     }
     store.set(f"{name}/{rank}", json.dumps(own))
     if rank == 0:  # reads what each says, so that the others have to read one thing only
         rows = [json.loads(store.get(f"{name}/{other}")) for other in range(size)]
         store.set(f"{name}/members", json.dumps(rows))
-    members = tuple(_member(row) for row in json.loads(store.get(f"{name}/members")))
+    rows = json.loads(store.get(f"{name}/members"))
+    for number, row in enumerate(rows):
+        if row["problem"]:
+            raise UsageError(f"rank {number} ({row['host']}) cannot open lanes: {row['problem']}")
+    members = tuple(_member(row) for row in rows)
     counts = {member.paths: number for number, member in reversed(list(enumerate(members)))}
     if len(counts) > 1:
         said = ", ".join(

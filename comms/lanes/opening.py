@@ -23,21 +23,35 @@ def open_lanes(
     """Meet the other ranks and start. `fabric`: what is known before anything was measured; its leaves are the ranks'.
     `status`: a folder for what `resilient net watch` shows.
 
-    Blocks until all ranks are there. Raises UsageError where they do not fit together, OSError for an address that
-    cannot be listened at.
+    Blocks until all ranks are there. Raises UsageError, on all alike, where they do not fit together or one of them
+    cannot listen at an address.
     """
     if len(fabric.leaf_of) != size or fabric.paths != wiring.paths:
         raise UsageError(
             f"the fabric has {len(fabric.leaf_of)} ranks and {fabric.paths} paths; "
             f"the group has {size}, and rank {rank} is wired to {wiring.paths}"
         )
-    listening = listen(wiring.addresses)
+    listening, problem = [], ""
     try:
+        listening = listen(wiring.addresses)
+        status_file = StatusFile(status, name)
+    except OSError as error:
+        problem = str(error)
+    try:
+        leaf = fabric.leaf_of[rank]
         meeting = meet(
-            store, rank, size, name=name, host=host, leaf=fabric.leaf_of[rank], wiring=wiring, listening=listening
+            store,
+            rank,
+            size,
+            name=name,
+            host=host,
+            leaf=leaf,
+            wiring=wiring,
+            listening=listening,
+            problem=problem,
         )
     except BaseException:
         for sock in listening:
             sock.close()
         raise
-    return Lanes(meeting, wiring, fabric, store, listening, timeout_s, StatusFile(status, name))
+    return Lanes(meeting, wiring, fabric, store, listening, timeout_s, status_file)

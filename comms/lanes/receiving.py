@@ -1,6 +1,7 @@
 """What a rank has been sent: into the buffers that were posted for it, once each, in whatever order it comes.
 
 Chunks that nobody waits for yet are kept, up to a bound; beyond it their connection is not read, so the sender's stops.
+Messages between two ranks know no bound: what is asked for first may stand behind one that is asked for last.
 """
 
 from collections import OrderedDict
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from resilient.comms.lanes.connection import Connection
-from resilient.comms.lanes.messages import Receive
+from resilient.comms.lanes.messages import POINT_TO_POINT, Receive
 from resilient.comms.lanes.wire import Header
 
 MOST_EARLY = 1 << 26  # bytes
@@ -37,6 +38,7 @@ class Receiver:
         self._early: dict[Key, dict[int, bytearray]] = {}
         self._coming: dict[Connection, bytearray] = {}  # chunks that nobody waited for when they began to come
         self._early_bytes = 0
+        self._posts = 0
         self._whole: OrderedDict[Key, None] = OrderedDict()
 
     def sources(self) -> set[int]:
@@ -45,6 +47,9 @@ class Receiver:
 
     def post(self, operation: int, receive: Receive, done: Callable[[], None]) -> None:
         """Raises TooLong when what came already does not fit."""
+        self._posts += 1
+        if self._posts % _REMEMBERED == 0:
+            self._forget_strays(operation)
         key = (operation, receive.source, receive.tag)
         posted = self._posted[key] = _Posted(receive.view, done, left=len(receive.view))
         for offset, content in self._early.pop(key, {}).items():
@@ -62,7 +67,7 @@ class Receiver:
             if header.offset not in posted.got:
                 return posted.view[header.offset : header.offset + header.length]
         elif key not in self._whole and header.offset not in self._early.get(key, {}):
-            if self._early_bytes + header.length > MOST_EARLY:
+            if header.operation < POINT_TO_POINT and self._early_bytes + header.length > MOST_EARLY:
                 return None
             self._coming[connection] = bytearray(header.length)
             self._early_bytes += header.length
@@ -104,6 +109,11 @@ class Receiver:
         self._early.clear()
         self._coming.clear()
         self._early_bytes = 0
+
+    def _forget_strays(self, now: int) -> None:
+        """Chunks that came once more, over a path that had been silent for long: nobody will ask for them."""
+        for key in [key for key in self._early if key[0] < now - _REMEMBERED]:
+            self._early_bytes -= sum(len(content) for content in self._early.pop(key).values())
 
     def _copy(self, key: Key, posted: _Posted, offset: int, content: bytearray) -> None:
         _inside(posted, offset, len(content))

@@ -96,7 +96,7 @@ class Queue:
             allowed_s = LATE * self.planned_s * beside.took_s / beside.planned_s
         else:
             allowed_s = UNPLANNED * so_far
-        return left_s if so_far + left_s > allowed_s and left_s > LATE_S else 0.0
+        return left_s if so_far + left_s >= allowed_s and left_s > LATE_S else 0.0
 
     def empty(self) -> list[Chunk]:
         """Take all that has not arrived, in order."""

@@ -143,7 +143,8 @@ class Peer:
         for lane in self.lanes:
             if lane.state is State.DEAD and now >= lane.retry_at:
                 self._open(lane)
-            if lane.state is State.OPEN and lane.queue.flying and self._stuck(lane, now):
+            unsure = lane.queue.flying or (lane.connection is not None and lane.connection.unsent)
+            if lane.state is State.OPEN and unsure and self._stuck(lane, now):
                 self._ask(self._usable(lane), now)
                 # An acknowledgement has a way of its own: with several ways broken, all lanes may be stuck though the
                 # peer is there. Then the one that has been for longest gives way to a new connection.
@@ -167,15 +168,16 @@ class Peer:
         for lane in usable:
             assert lane.connection is not None
             lane.connection.put(frame(Kind.PING))
-        if not usable and all(lane.state is State.CLOSED for lane in self.lanes):
-            self._open(self.lanes[0])
+        closed = next((lane for lane in self.lanes if lane.state is State.CLOSED), None)
+        if not usable and closed is not None:
+            self._open(closed)
 
     def _stuck(self, lane: Lane, now: float) -> bool:
         assert lane.connection is not None
         acknowledged = seen(lane.connection.sock).acknowledged
         if acknowledged != lane.acknowledged:
             lane.acknowledged, lane.moved_at = acknowledged, now
-        return now - lane.moved_at > SUSPECT_S
+        return now - max(lane.moved_at, lane.connection.heard_at) > SUSPECT_S
 
     def _ask(self, lanes: Sequence[Lane], now: float) -> None:
         for lane in lanes:

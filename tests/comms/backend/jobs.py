@@ -376,3 +376,13 @@ def refused() -> str:
 
 def no_lanes() -> str:
     return caught(UsageError, lambda: backend.stripe(timeout=timedelta(seconds=30)))
+
+
+def lists_of_other_sizes() -> None:
+    """What one rank sends and gets is equal, and small; what others do is not."""
+    ours, rank = group(), dist.get_rank()
+    sent = [[10, 10, 10], [10, 5, 20], [10, 20, 5]]
+    outputs = [torch.zeros(sent[other][rank]) for other in range(3)]
+    dist.all_to_all(outputs, [torch.full((count,), float(rank)) for count in sent[rank]], group=ours)
+    assert [float(output[0]) for output in outputs] == [0, 1, 2]
+    dist.barrier()

@@ -81,6 +81,10 @@ def test_a_group_that_was_aborted_can_be_made_again(hosts: Topology) -> None:
     assert "rank 1 (host1) has aborted" in texts[0]
 
 
+def test_lists_go_the_same_way_on_all_ranks_whatever_their_sizes(hosts: Topology) -> None:
+    run(jobs.lists_of_other_sizes, 3, hosts(3))
+
+
 def test_any_ranks_can_be_striped_whatever_others_have_done_before(hosts: Topology) -> None:
     run(jobs.stripes_of_subgroups, 3, hosts(3))
 

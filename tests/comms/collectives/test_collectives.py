@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from resilient.comms.backend.striped import Striped
 from resilient.comms.collectives import choice, execute, fold, schedule
 from resilient.comms.collectives.fold import Reduction
 from resilient.comms.collectives.schedule import Region, Script
@@ -171,20 +172,18 @@ def test_ranks_that_disagree_all_get_the_same_error() -> None:
 
 
 def test_what_one_rank_cannot_do_fails_on_all() -> None:
-    at = tuple(schedule.parts(1200, 3, 4))
-    order = schedule.ring_order((0, 1, 2))
+    """Before its first step, too: others must not wait for its timeout."""
     texts: list[str] = []
 
     def body(rank: Rank) -> None:
-        buffers = {"output": torch.zeros(300)}
+        striped = Striped(rank.lanes, multi_plane(hosts=3, rates=[RATE] * 2))
+        tensor = torch.zeros(300, dtype=torch.complex64)
         if rank.rank == 1:
-            buffers = {}
-        try:
-            rank.run(schedule.ring_all_gather(order, rank.rank, at), buffers, 4)
-        except KeyError:
-            return
-        except CollectiveFailed as error:
-            texts.append(str(error))
+            tensor = tensor.conj()  # whose bytes cannot be had without computing
+        with pytest.raises(RuntimeError) as caught:
+            striped.broadcast(tensor, 0).wait()
+        if isinstance(caught.value, CollectiveFailed):
+            texts.append(str(caught.value))
 
     on_ranks(3, body)
     assert len(texts) == 2

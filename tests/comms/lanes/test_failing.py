@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from resilient.comms.fabric import multi_plane
 from resilient.comms.lanes.engine import Lanes
+from resilient.comms.lanes.messages import POINT_TO_POINT
 from resilient.comms.lanes.opening import open_lanes
-from resilient.errors import CollectiveFailed, CollectiveTimeout, PeerGone
-from tests.comms.lanes.loopback import RATE, Relayed, group, on_all, planes, receive, send
+from resilient.comms.lanes.wiring import Planes
+from resilient.errors import CollectiveFailed, CollectiveTimeout, PeerGone, UsageError
+from tests.comms.lanes.loopback import RATE, Relayed, address, group, on_all, planes, receive, send
 
 MIB = 1 << 20
 
@@ -197,3 +199,108 @@ def test_who_has_all_may_leave_though_its_word_for_it_was_lost() -> None:
         other.close()
         transfers[0].wait(20)
         assert into == content
+
+
+def test_a_buffer_is_its_owners_again_once_the_transfer_has_failed() -> None:
+    """Half of a chunk is on its way when the group fails; the other half must not reach memory that is in use again."""
+    wiring = Relayed(0, 1)
+    with group(2, 1, wirings=[wiring, planes(1, 1)]) as (one, other):
+        exchanged(one, other, 1, 1000, paths=1)
+        for relay in wiring.on(0):
+            relay.rate = 2e5
+        into = bytearray(4 * MIB)
+        transfers = [send(one, 2, 1, b"x" * len(into), paths=1), receive(other, 2, 0, into)]
+        time.sleep(0.5)  # in the middle
+        other.abort("enough")
+        for transfer in transfers:
+            with pytest.raises(CollectiveFailed):
+                transfer.wait(20)
+        into[:] = bytes(len(into))
+        for relay in wiring.on(0):
+            relay.rate = None
+        time.sleep(0.5)
+        assert not any(into)
+
+
+def test_who_is_late_is_neither_dead_nor_are_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resilient.comms.lanes.receiving.MOST_EARLY", MIB)
+    content, into = random.Random(1).randbytes(16 * MIB), bytearray(16 * MIB)
+    with group(2, 2) as (one, other):
+        exchanged(one, other, 1, MIB, paths=2)
+        sent = send(one, 2, 1, content, paths=2)
+        time.sleep(4)
+        assert [lane["state"] for lane in one.report()["lanes"]] == ["open", "open"]
+        assert one.fabric.up[0] == (RATE, RATE)
+        receive(other, 2, 0, into).wait(20)
+        sent.wait(20)
+    assert into == content
+
+
+def test_a_late_rank_is_told_from_a_dead_one_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resilient.comms.lanes.receiving.MOST_EARLY", MIB)
+    said = r"rank 1 \(host1\) has not come to operation 1"
+    with group(2, 2, timeout_s=4.0) as (one, _), pytest.raises(CollectiveTimeout, match=said):
+        send(one, 1, 1, bytes(16 * MIB), paths=2).wait(20)
+
+
+def test_a_large_message_that_nobody_asks_for_yet_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resilient.comms.lanes.receiving.MOST_EARLY", MIB)
+    content, into = random.Random(2).randbytes(8 * MIB), bytearray(8 * MIB)
+    with group(2, 2) as (one, other):
+        message = send(one, POINT_TO_POINT + 1, 1, content, paths=2)
+        exchanged(one, other, 1, MIB, paths=2)
+        receive(other, POINT_TO_POINT + 1, 0, into).wait(20)
+        message.wait(20)
+    assert into == content
+
+
+def test_what_waits_for_a_dead_path_goes_over_the_first_that_is_there_again() -> None:
+    wirings = [Relayed(rank, 2) for rank in range(2)]
+    with group(2, 2, timeout_s=60, wirings=wirings) as (one, other):
+        exchanged(one, other, 1, MIB, paths=2)
+        relays = [[relay for wiring in wirings for relay in wiring.on(path)] for path in range(2)]
+        for relay in (*relays[0], *relays[1]):
+            relay.silent = True
+        content, into = random.Random(4).randbytes(2 * MIB), bytearray(2 * MIB)
+        transfers = [send(one, 2, 1, content, paths=2), receive(other, 2, 0, into)]
+        time.sleep(5)
+        for relay in relays[0]:
+            relay.silent = False
+        began = time.monotonic()
+        for transfer in transfers:
+            transfer.wait(30)
+        assert time.monotonic() - began < 12
+        assert into == content
+
+
+def test_a_reason_of_any_length_is_heard() -> None:
+    with group(2) as (one, other):
+        exchanged(one, other, 1, 1000, paths=2)
+        pending = receive(other, 2, 0, bytearray(1))
+        one.abort("é" * 100_000)
+        with pytest.raises(CollectiveFailed, match="has aborted: éé"):
+            pending.wait(10)
+
+
+def test_an_address_that_one_rank_cannot_listen_at_is_an_error_on_all() -> None:
+    store = dist.HashStore()
+
+    def opened(rank: int) -> str:
+        addresses = ("192.0.2.1",) if rank == 1 else (address(0, 0),)
+        with pytest.raises(UsageError) as caught:
+            open_lanes(
+                store,
+                rank,
+                2,
+                name="g",
+                host=f"host{rank}",
+                fabric=multi_plane(hosts=2, rates=[RATE]),
+                wiring=Planes(addresses),
+                timeout_s=5,
+            )
+        return str(caught.value)
+
+    texts = on_all([lambda: opened(0), lambda: opened(1)])
+    assert texts[0] == texts[1]
+    assert "rank 1 (host1) cannot open lanes" in texts[0]
+    assert "192.0.2.1" in texts[0]
