@@ -6,6 +6,7 @@ one after the other in the order in which they were called, which must be the sa
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,10 @@ from resilient.comms.lanes.engine import Lanes
 from resilient.comms.lanes.messages import POINT_TO_POINT, Operation, Transfer
 from resilient.errors import CollectiveFailed, UsageError
 
+_SEGMENT_BYTES = 1 << 22
+_MOST_SEGMENTS = (
+    4  # of an all-reduce, under way at once: while one adds up, or stays in its leaf, another uses the links
+)
 _COUNTED_BITS = 34  # of an operation's number: messages between two ranks
 
 
@@ -37,6 +42,7 @@ class Striped:
         self._fabric = fabric
         self._worker = Worker(f"collectives-{lanes.rank}")
         self._finisher = Worker(f"messages-{lanes.rank}")
+        self._helpers = ThreadPoolExecutor(_MOST_SEGMENTS - 1, f"collectives-{lanes.rank}")
         self._count = 0
         self._messages: dict[tuple[int, int, int], int] = {}  # by source, target, tag
         self._lock = threading.Lock()
@@ -45,10 +51,12 @@ class Striped:
         """In place. Any shape, the same on all ranks. Raises UsageError for a dtype that cannot be reduced so."""
         _check(tensor, reduction)
         flat = _flat(tensor)
-        script, _ = choice.all_reduce(self._fabric, self.rank, self._parts(flat))
-        buffers = {"input": flat, "output": flat}
         what = f"all_reduce ({reduction}) of {_said(flat)}"
-        return self._submit(what, script, buffers, [tensor], reduction, after=_copy_back(tensor, flat))
+        jobs = []
+        for part in flat.tensor_split(min(_MOST_SEGMENTS, max(1, flat.nbytes // _SEGMENT_BYTES))):
+            script, _ = choice.all_reduce(self._fabric, self.rank, self._parts(part))
+            jobs.append(self._job(what, script, {"input": part, "output": part}, reduction))
+        return self._submit(what, jobs, [tensor], after=_copy_back(tensor, flat))
 
     def reduce_scatter(self, output: Tensor, input: Tensor, reduction: Reduction = "sum") -> Work:
         """`input` is `size` times as long as `output`, which becomes this rank's part of the reduction."""
@@ -58,8 +66,8 @@ class Striped:
         region = Region("output", 0, into.nbytes)
         script, _ = choice.reduce_scatter(self._fabric, self.rank, self._parts(flat), region)
         what = f"reduce_scatter ({reduction}) of {_said(flat)}"
-        buffers = {"input": flat, "output": into}
-        return self._submit(what, script, buffers, [output], reduction, after=_copy_back(output, into))
+        job = self._job(what, script, {"input": flat, "output": into}, reduction)
+        return self._submit(what, [job], [output], after=_copy_back(output, into))
 
     def all_gather(self, output: Tensor, input: Tensor) -> Work:
         """`output`, `size` times as long as `input`, becomes all ranks' inputs end to end."""
@@ -69,7 +77,8 @@ class Striped:
         own = flat.tensor_split(self.size)[self.rank]
         before = partial(_copy, own, input)
         what = f"all_gather into {_said(flat)}"
-        return self._submit(what, script, {"output": flat}, [output], before=before, after=_copy_back(output, flat))
+        job = self._job(what, script, {"output": flat})
+        return self._submit(what, [job], [output], before=before, after=_copy_back(output, flat))
 
     def broadcast(self, tensor: Tensor, root: int) -> Work:
         """`tensor` of `root`, a rank of this group, to all."""
@@ -78,7 +87,8 @@ class Striped:
         flat = _flat(tensor)
         script, _ = choice.broadcast(self._fabric, self.rank, self._parts(flat), root)
         what = f"broadcast from {root} of {_said(flat)}"
-        return self._submit(what, script, {"output": flat}, [tensor], after=_copy_back(tensor, flat))
+        job = self._job(what, script, {"output": flat})
+        return self._submit(what, [job], [tensor], after=_copy_back(tensor, flat))
 
     def all_to_all(self, output: Tensor, input: Tensor, received: Sequence[int] = (), sent: Sequence[int] = ()) -> Work:
         """Row blocks of `input` to all ranks: `sent[r]` rows to rank r, `received[r]` from it; empty: equal ones."""
@@ -98,14 +108,10 @@ class Striped:
         script = schedule.all_to_all(self.rank, bytes_in, bytes_out)
         source = execute.flat_bytes(flat)[own_in : own_in + bytes_in[self.rank]]
         target = execute.flat_bytes(into)[own_out : own_out + bytes_out[self.rank]]
-        return self._submit(
-            f"all_to_all of {output.dtype}",
-            script,
-            {"input": flat, "output": into},
-            [output],
-            before=partial(_copy, target, source),
-            after=_copy_back(output, into),
-        )
+        what = f"all_to_all of {output.dtype}"
+        job = self._job(what, script, {"input": flat, "output": into})
+        before = partial(_copy, target, source)
+        return self._submit(what, [job], [output], before=before, after=_copy_back(output, into))
 
     def send(self, tensor: Tensor, target: int, tag: int = 0) -> Work:
         """To one rank. In no order with collectives; messages of one tag between two ranks keep theirs."""
@@ -163,20 +169,13 @@ class Striped:
         self._worker.close()
         self.lanes.close()
         self._finisher.close()
+        self._helpers.shutdown(wait=False)
 
-    def _submit(
-        self,
-        what: str,
-        script: Script,
-        buffers: dict[str, Tensor],
-        result: list[Tensor],
-        reduction: Reduction | None = None,
-        *,
-        before: Callable[[], None] | None = None,
-        after: Callable[[], None] | None = None,
-    ) -> Work:
+    def _job(
+        self, what: str, script: Script, buffers: dict[str, Tensor], reduction: Reduction | None = None
+    ) -> execute.Job:
         self._count += 1
-        job = execute.Job(
+        return execute.Job(
             operation=Operation(self._count, f"{what}, {script.name}"),
             rank=self.rank,
             script=script,
@@ -185,16 +184,35 @@ class Striped:
             fold=None if reduction is None else partial(_fold, reduction, self.size),
         )
 
-        def call() -> None:
+    def _submit(
+        self,
+        what: str,
+        jobs: Sequence[execute.Job],
+        result: list[Tensor],
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> Work:
+        def alike(call: Callable[[], None]) -> None:
             try:
-                if before is not None:
-                    before()
-                execute.run(self.lanes, job)
-                if after is not None:
-                    after()
+                call()
             except Exception as error:
                 self.lanes.abort(f"{what}: {error}")  # nothing where the lanes have failed before
                 raise
+
+        def call() -> None:
+            if before is not None:
+                alike(before)
+            runs = [partial(alike, partial(execute.run, self.lanes, job)) for job in jobs]
+            others = [self._helpers.submit(run) for run in runs[1:]]
+            try:
+                runs[0]()
+            finally:
+                wait(others)  # buffers are in use until then
+            for other in others:
+                other.result()
+            if after is not None:
+                alike(after)
 
         return self._worker.submit(call, result)
 

@@ -135,6 +135,8 @@ def _tried(nominal: Fabric, found: Fabric, one: int, other: int) -> Fabric:
 
 
 def rates_between(fabric: Fabric, one: int, other: int) -> tuple[float, ...]:
-    """Of each path from one rank to another, in bytes a second."""
+    """Of each path from one rank to another, in bytes a second; infinite within a leaf, where no link is shared."""
+    if fabric.leaf_of[one] == fabric.leaf_of[other]:
+        return (float("inf"),) * fabric.paths
     up, down = fabric.up[fabric.leaf_of[one]], fabric.down[fabric.leaf_of[other]]
     return tuple(min(rates) for rates in zip(up, down, strict=True))

@@ -44,7 +44,9 @@ def seen(sock: socket.socket) -> Seen:
 
 
 def first(rate: float) -> int:
-    """The window of a new lane over a path of so many bytes a second."""
+    """The window of a new lane over a path of so many bytes a second; infinite: there is no buffer to spare."""
+    if rate == float("inf"):
+        return MOST
     return round(min(MOST_AT_FIRST, max(LEAST, rate * _UNTENDED_S)))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from resilient.comms.fabric import leaf_spine, multi_plane
 from resilient.comms.lanes.failing import SETTLE_S, Awaited, Verdict, blame, gone
 from resilient.comms.lanes.messages import Failure
-from resilient.comms.lanes.rates import Rates
+from resilient.comms.lanes.rates import Rates, rates_between
 from resilient.comms.lanes.schedule import CHUNK_BYTES, Chunk, Queue, cut, help_late, spread
 from resilient.comms.lanes.window import LEAST as LEAST_WINDOW
 from resilient.comms.lanes.window import MOST, MOST_AT_FIRST, Seen, first, resized
@@ -175,6 +175,10 @@ def test_a_window_begins_with_what_the_path_carries_in_a_few_milliseconds_within
     assert first(1e6) == LEAST_WINDOW
     assert first(25e6) == 125_000
     assert first(12.5e9) == MOST_AT_FIRST
+    assert first(float("inf")) == MOST
+    racks = leaf_spine(leaves=2, spines=2, hosts=2, rate=1e6).with_rate(1, 0, 5e5)
+    assert rates_between(racks, 0, 2) == (5e5, 1e6)
+    assert rates_between(racks, 0, 1) == (float("inf"),) * 2
 
 
 def test_a_window_grows_while_nothing_queues_and_shrinks_when_buffers_overflow() -> None:
