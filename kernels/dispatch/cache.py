@@ -43,7 +43,7 @@ class Cache:
             if read["version"] != _VERSION or read["key"] != dict(key):
                 return None
             return Costs.from_json(read["costs"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
 
     def keep(self, key: Mapping[str, str | int], costs: Costs) -> None:

@@ -4,14 +4,17 @@ The numbers come from `measure`, or from a file (`cache`) that may be out of dat
 what a shape's own calls take decides (`decide`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from math import log
 from typing import Any
 
-from resilient.kernels.overlap.call import Call, Operation
+from resilient.kernels.overlap.call import OPERATIONS, Call, Operation
 from resilient.kernels.overlap.chunks import cut
+
+_MOST_RATES = 8
+_MOST_ROWS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Costs:
             return known[0][1]
         for (low, slow), (high, fast) in pairwise(known):
             if rows <= high:
-                share = (log(rows) - log(low)) / (log(high) - log(low))
+                share = (math.log(rows) - math.log(low)) / (math.log(high) - math.log(low))
                 return slow + share * (fast - slow)
         return known[-1][1]
 
@@ -50,15 +53,22 @@ class Costs:
 
     @classmethod
     def from_json(cls, read: Any) -> "Costs":
-        """Raises ValueError, KeyError, TypeError or AttributeError for what is none."""
+        """Raises ValueError, KeyError, TypeError, AttributeError or OverflowError for what is none.
+
+        What passes has all that is asked of it later, and is short enough to be told to other ranks.
+        """
+        if not 1 <= len(read["rates"]) <= _MOST_RATES or set(read["lines"]) != set(OPERATIONS):
+            raise ValueError(f"there must be 1 to {_MOST_RATES} rates, and lines for {', '.join(OPERATIONS)}")
         rates = {int(rows): float(rate) for rows, rate in read["rates"].items()}
         lines: dict[Operation, Line] = {
             name: Line(latency_s=float(line["latency_s"]), bytes_per_s=float(line["bytes_per_s"]))
             for name, line in read["lines"].items()
         }
-        positive = [*rates.values(), *(number for line in lines.values() for number in asdict(line).values())]
-        if not rates or min(positive) <= 0 or max(positive) == float("inf") or min(rates) < 1:
+        numbers = [*rates.values(), *(number for line in lines.values() for number in asdict(line).values())]
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise ValueError("costs must be positive numbers")
+        if not 1 <= min(rates) <= max(rates) <= _MOST_ROWS:
+            raise ValueError(f"rates must be of 1 to {_MOST_ROWS} rows")
         return cls(rates=rates, lines=lines)
 
 

@@ -33,6 +33,7 @@ class Choice:
 
 
 PLAIN = Choice()
+FUSED = Choice(method="fused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ def plan(call: Call, costs: Costs, fused: str | None = "not asked for") -> Plan:
     # The best by the model, and its neighbours: the model knows little of what small chunks cost.
     best = sorted(possible, key=lambda choice: times[choice])[:1]
     near = [one for one in possible if best and one.chunks in (best[0].chunks // 2, best[0].chunks * 2)]
-    tried = (PLAIN, *best, *near, *([] if fused is not None else [Choice(method="fused")]))
+    tried = (PLAIN, *best, *near, *([] if fused is not None else [FUSED]))
     reason = f"the matmul would take {_ms(alone.compute_s)}, the communication {_ms(alone.communicate_s)}: worth a try"
     return Plan(choices=tried, settled=False, reason=reason, predicted_s=times)
 

@@ -4,6 +4,10 @@ When a shape comes for the first time, the ranks compare it (`agree`), share the
 and compute the same plan from them. The shape's first calls try the plan's ways in turn; then the times are put
 together (of each call the least among the ranks: whoever came last waited for nobody) and the verdict stands. It needs
 no message after that. Everything here is called by all ranks in the same order, as collectives are.
+
+Fused kernels are the one way that may turn out to be impossible only when it is tried (GPUs that do not share memory).
+So ranks tell one another how it went, at each try and at a shape's first fused call without one. If it failed on any of
+them, the call is done the plain way, and the group's calls are fused no more.
 """
 
 import logging
@@ -16,11 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from resilient.errors import CollectiveFailed, CollectiveMismatch, PeerGone, UsageError
 from resilient.kernels.dispatch import optional
 from resilient.kernels.dispatch.cache import Cache, folder
 from resilient.kernels.dispatch.costs import Costs
-from resilient.kernels.dispatch.decide import PLAIN, TRIES, Choice, Plan, Verdict, obvious, plan, settle, wider
-from resilient.kernels.dispatch.machine import key_of
+from resilient.kernels.dispatch.decide import FUSED, PLAIN, TRIES, Choice, Plan, Verdict, obvious, plan, settle, wider
+from resilient.kernels.dispatch.machine import capturing, key_of
 from resilient.kernels.dispatch.measure import Stopwatch, measure
 from resilient.kernels.overlap.agree import agree
 from resilient.kernels.overlap.call import Call
@@ -48,6 +53,7 @@ class _Shape:
 
     plan: Plan
     verdict: Verdict | None = None
+    proven: bool = False  # a fused call of it has been completed on all ranks
     left: deque[Choice] = field(default_factory=deque)
     clocks: dict[Choice, list[Stopwatch]] = field(default_factory=dict)
     times: dict[Choice, list[float]] = field(default_factory=dict)
@@ -58,6 +64,24 @@ class _Shape:
         """Each once to warm up, and then in turns."""
         self.left = deque(choices * (TRIES + 1))
         self.clocks = {choice: [] for choice in choices}
+
+    def renew(self) -> None:
+        """Whatever was worth a try at any time."""
+        kept = () if self.verdict is None else (self.verdict.choice,)
+        self.verdict = None
+        self.queue(tuple(dict.fromkeys((*self.plan.choices, *kept, *self.times))))
+
+    def drop(self, choice: Choice, reason: str) -> None:
+        """Do not do it any more."""
+        if choice not in (*self.plan.choices, *self.left, *self.times, self.verdict and self.verdict.choice):
+            return
+        choices = tuple(one for one in self.plan.choices if one != choice)
+        self.plan = replace(self.plan, choices=choices)
+        self.left = deque(one for one in self.left if one != choice)
+        self.clocks.pop(choice, None)
+        self.times.pop(choice, None)
+        if self.verdict is not None and self.verdict.choice == choice:
+            self.verdict = Verdict(choice=PLAIN, reason=reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +107,31 @@ class Explanation:
 class Dispatcher:
     """One a group. Not for several threads at a time, as the group itself is not."""
 
-    def __init__(self, cache: Cache, renew_after: int = RENEW_AFTER) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        renew_after: int = RENEW_AFTER,
+        unfused: Callable[[Call, Group], str | None] = optional.unwanted,
+    ) -> None:
+        """`unfused`: why a call is not to be tried with fused kernels; None: it is."""
         self._cache = cache
+        self._unfused = unfused
+        self._failed: str | None = None  # how fused kernels did, on some rank
         self._renew_after = renew_after
         self._near: dict[Call, tuple[Call, Verdict]] = {}
         self._costs: dict[tuple[str, str], Costs] = {}
         self._from_file: set[tuple[str, str]] = set()
         self._shapes: dict[Call, _Shape] = {}
-        self._checked: set[tuple[Call, Choice]] = set()
+        self._checked: set[tuple[Call, Choice | None]] = set()
 
     def run(self, call: Call, group: Group, way: Callable[[Choice], Result]) -> Result:
         """`way(choice)`, with the choice that is due. Blocks as it does, and longer at a shape's first calls.
 
-        Raises CollectiveMismatch on all ranks when they come with different new shapes.
+        Raises CollectiveMismatch on all ranks when they come with different new shapes. While a CUDA graph is captured,
+        the choice is the plain way: a graph can wait for nobody, and would repeat a fused kernel's signals.
         """
+        if capturing(call.device):
+            return way(PLAIN)
         shape = self._shapes.get(call)
         if shape is None:
             if len(self._shapes) >= _MOST_SHAPES:  # on all ranks at the same call
@@ -105,38 +140,45 @@ class Dispatcher:
             shape = self._shapes[call] = self._meet(call, group)
         if shape.verdict is not None:
             shape.calls += 1
-            if shape.calls < self._renew_after or len(shape.times) < 2:
-                return way(shape.verdict.choice)
-            shape.verdict = None
-            shape.queue(tuple(shape.times))
-        choice = shape.left[0]
-        clock = Stopwatch(torch.device(call.device))
-        result = way(choice)
-        clock.stop()
-        shape.clocks[choice].append(clock)
-        shape.left.popleft()
-        if not shape.left:
-            self._settle(call, shape, group)
-        return result
+            if shape.plan.settled or shape.calls < self._renew_after:
+                choice = shape.verdict.choice
+                return way(choice) if choice != FUSED or shape.proven else self._try_fused(call, shape, group, way)[0]
+            shape.renew()
+        return self._try(call, shape, group, way)
 
     def check(self, call: Call, choice: Choice, group: Group) -> None:
         """For calls whose way was chosen by the caller: that it can be done, and is all ranks'; once for a shape."""
         if (call, choice) not in self._checked:
-            if len(self._checked) >= _MOST_SHAPES:
-                self._checked.clear()
-            problem = optional.unsupported(call, group) if choice.method == "fused" else None
-            agree(group, f"{call}, {choice}", problem=problem and f"{call}: {problem}", device=call.device)
-            self._checked.add((call, choice))
+            problem = optional.unsupported(call, group) if choice == FUSED else None
+            problem = problem and f"{call}: {problem}"
+            if problem and capturing(call.device):
+                raise UsageError(problem)
+            self._compare(call, choice, f"{call}, {choice}", group, problem)
+
+    def check_replicated(self, call: Call, group: Group) -> None:
+        """For calls that communicate nothing: that they are all ranks', but for their columns; once for a shape."""
+        call = replace(call, columns=0)
+        if (call, None) not in self._checked:
+            self._compare(call, None, f"replicated_matmul of [{call.rows}, {call.inner}] {call.dtype}", group)
+
+    def _compare(self, call: Call, choice: Choice | None, what: str, group: Group, problem: str | None = None) -> None:
+        if capturing(call.device):  # nobody can be asked
+            return
+        if len(self._checked) >= _MOST_SHAPES:
+            self._checked.clear()
+        agree(group, what, problem=problem, device=call.device)
+        self._checked.add((call, choice))
 
     def explain(self, call: Call) -> Explanation | None:
         """What is known of a shape; None if it has not been called yet. Does not communicate."""
         shape = self._shapes.get(call)
         if shape is None:
             return None
+        reason = shape.verdict.reason if shape.verdict else shape.plan.reason
         return Explanation(
             choice=shape.verdict.choice if shape.verdict else shape.left[0],
             settled=shape.verdict is not None,
-            reason=shape.verdict.reason if shape.verdict else shape.plan.reason,
+            reason=reason if self._failed is None or self._failed in reason else f"{reason}; {self._failed}",
             predicted_s=dict(shape.plan.predicted_s),
             seen_s=dict(shape.times),
         )
@@ -146,8 +188,63 @@ class Dispatcher:
         found = {call: self.explain(call) for call in self._shapes}
         return {call: explained for call, explained in found.items() if explained is not None}
 
+    def _try(self, call: Call, shape: _Shape, group: Group, way: Callable[[Choice], Result]) -> Result:
+        """The next of the choices, timed."""
+        choice = shape.left[0]
+        if choice == FUSED:
+            result, clock = self._try_fused(call, shape, group, way)
+            if clock is None:
+                return result
+        else:
+            clock = Stopwatch(torch.device(call.device))
+            result = way(choice)
+            clock.stop()
+        shape.clocks[choice].append(clock)
+        shape.left.popleft()
+        if not shape.left:
+            self._settle(call, shape, group)
+        return result
+
+    def _try_fused(
+        self, call: Call, shape: _Shape, group: Group, way: Callable[[Choice], Result]
+    ) -> tuple[Result, Stopwatch | None]:
+        """The fused way, if it succeeds on all ranks; else the plain one, without a clock, and never again.
+
+        Raises CollectiveFailed on all ranks if an earlier fused call has failed on one: its result may be in use.
+        """
+        results: list[Result] = []
+        earlier = _failure(lambda: optional.check(call, group))
+        clock = Stopwatch(torch.device(call.device))
+
+        def now() -> None:
+            results.append(way(FUSED))
+            clock.stop()
+            optional.check(call, group)
+
+        notes = agree(group, f"{call}, fused", note=[earlier, None if earlier else _failure(now)], device=call.device)
+        for rank, (before, _) in enumerate(notes):
+            if before is not None:
+                raise CollectiveFailed(f"rank {rank}: a fused call before {call} failed: {before}", rank=rank)
+        told = [f"rank {rank}: {failed}" for rank, (_, failed) in enumerate(notes) if failed is not None]
+        if not told:
+            shape.proven = True
+            return results[0], clock
+        self._give_up_fused(f"fused kernels failed on {', '.join(told[:4])}", group)
+        return way(PLAIN), None
+
+    def _give_up_fused(self, reason: str, group: Group) -> None:
+        """On all ranks at the same call."""
+        self._failed = reason
+        if group.rank() == 0:
+            _log.warning("%s; calls of this group are not fused any more", reason)
+        self._near = {key: known for key, known in self._near.items() if known[1].choice != FUSED}
+        for call, shape in self._shapes.items():
+            shape.drop(FUSED, reason)
+            if shape.verdict is None and not shape.left:
+                self._settle(call, shape, group)
+
     def _meet(self, call: Call, group: Group) -> _Shape:
-        notes = agree(group, str(call), note=optional.unwanted(call, group), device=call.device)
+        notes = agree(group, str(call), note=self._failed or self._unfused(call, group), device=call.device)
         fused = next((note for note in notes if note is not None), None)
         made = obvious(call, fused) or plan(call, self._known(call, group), fused)
         shape = _Shape(plan=made, verdict=self._as_near(call, fused))
@@ -212,6 +309,20 @@ class Dispatcher:
             self._costs.pop(name)
             if group.rank() == 0:
                 self._cache.forget(key_of(call, group))
+
+
+def _failure(step: Callable[[], object]) -> str | None:
+    """How a step failed that nobody has asked for; None if it did not.
+
+    Raises PeerGone and CollectiveMismatch, as all ranks do: there is nobody to ask, or not about the same.
+    """
+    try:
+        step()
+    except (PeerGone, CollectiveMismatch):
+        raise
+    except Exception as error:  # of memory, drivers, compilers
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
 
 
 def _rounded(call: Call) -> Call:

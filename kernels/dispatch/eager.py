@@ -15,6 +15,7 @@ from resilient.errors import UsageError
 from resilient.kernels.dispatch import ways
 from resilient.kernels.dispatch.decide import Choice
 from resilient.kernels.dispatch.dispatcher import dispatcher_of
+from resilient.kernels.dispatch.machine import capturing
 from resilient.kernels.overlap.agree import agree
 from resilient.kernels.overlap.call import Call, Operation, problem
 from resilient.kernels.overlap.exchange import Group
@@ -25,10 +26,14 @@ Result = TypeVar("Result")
 def all_gather_matmul(
     shard: Tensor, weight: Tensor, bias: Tensor | None, group: Group, way: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """(the product, the gathered shards if `keep` and they are at hand, else an empty tensor)."""
+    """(the product, the gathered shards if `keep`, else an empty tensor)."""
     call = _call("all_gather_matmul", shard, weight, bias, group)
-    product, gathered = _dispatch(call, group, way, lambda choice: ways.gather(choice, call, shard, weight, group))
-    return _biased(product, bias), gathered if keep else shard.new_empty(0)
+
+    def run(choice: Choice) -> tuple[Tensor, Tensor]:
+        return ways.gather(choice, call, shard, weight, group, keep=keep)
+
+    product, gathered = _dispatch(call, group, way, run)
+    return _biased(product, bias), gathered
 
 
 def all_gather_matmul_backward(
@@ -67,7 +72,7 @@ def matmul_reduce_scatter_backward(
                 sums.add(input[begin:end], rows)
 
         needed = beside if weight_too or bias_too else None
-        product, gathered = ways.gather(choice, call, grad, turned, group, needed)
+        product, gathered = ways.gather(choice, call, grad, turned, group, keep=False, beside=needed)
         return product, sums.value, gathered.sum(0) if bias_too else grad.new_empty(0)
 
     return _dispatch(call, group, way, run)
@@ -80,10 +85,11 @@ def matmul_all_reduce(input: Tensor, weight: Tensor, bias: Tensor | None, group:
 
 
 def replicated_matmul(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, way: str) -> Tensor:
-    """Nothing is communicated but in the backward, where the input's gradient is summed over the ranks."""
-    call = described("matmul_all_reduce", input, weight, bias, group)
-    if isinstance(call, str):
-        raise UsageError(call)
+    """Nothing is communicated but in the backward, where the input's gradient is summed over the ranks.
+
+    All the same, ranks compare a shape when it is new: one that fails alone would leave the others waiting for it.
+    """
+    dispatcher_of(group).check_replicated(_call("matmul_all_reduce", input, weight, bias, group), group)
     return _biased(torch.mm(input, weight), bias)
 
 
@@ -157,7 +163,8 @@ def _call(
     """Raises UsageError on all ranks alike for what cannot be done."""
     call = described(operation, input, weight, bias, group, backward=backward)
     if isinstance(call, str):
-        agree(group, operation, problem=call, device=input.device.type)
+        if not capturing(input.device.type):  # else nobody can be asked
+            agree(group, operation, problem=call, device=input.device.type)
         raise UsageError(call)
     return call
 

@@ -4,6 +4,7 @@ A weight is [K, N]; that of an nn.Linear is given as `linear.weight.t()`, which 
 call the same function with the same shapes. Wrong calls are a UsageError, different ones a CollectiveMismatch, on all
 ranks alike and before anything else is sent, when a shape comes for the first time; a peer that is gone is the group's
 own error. `method`: None for the quickest (see `explain`), or "plain", "fused", or "chunked", with which `chunks` goes.
+While a CUDA graph is captured None is the plain way, nothing is compared, and "fused" is a UsageError.
 """
 
 from collections.abc import Callable
@@ -111,6 +112,8 @@ def replicated_matmul(
     chunks: int = 4,
 ) -> Tensor:
     """[M, K], the same on all ranks, times [K, N of the rank]: its [M, N]. Forward communicates nothing.
+
+    But a shape that is new is compared, so all ranks have to call it.
 
     Backward: the input's gradient is summed over the ranks (a matmul with an all-reduce).
     """

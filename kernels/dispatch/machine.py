@@ -1,4 +1,4 @@
-"""What costs depend on: the key under which they are kept."""
+"""What costs depend on (the key under which they are kept), and whether a device's work is being recorded."""
 
 import functools
 import platform
@@ -21,6 +21,11 @@ def key_of(call: Call, group: Group) -> dict[str, str | int]:
         "backend": dist.get_backend(group),
         "dtype": call.dtype,
     }
+
+
+def capturing(kind: str) -> bool:
+    """Whether what is launched now on such a device goes into a CUDA graph, and is not carried out."""
+    return kind == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

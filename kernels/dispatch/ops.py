@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from resilient.kernels.dispatch import eager
+from resilient.kernels.dispatch.ways import turned
 from resilient.kernels.overlap.exchange import Group, gather_all
 
 
@@ -51,7 +52,7 @@ def _(grad: Tensor, gathered: Tensor, weight: Tensor, group: str, way: str, weig
 
 
 def _gather_saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    shard, weight, _, ctx.group, ctx.way, _ = inputs
+    shard, weight, _, ctx.group, ctx.way, ctx.keep = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(shard, weight, output[1])
 
@@ -60,7 +61,7 @@ def _gather_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     shard, weight, gathered = ctx.saved_tensors
     for_shard, for_weight, for_bias = ctx.needs_input_grad[:3]
     grad = grad.contiguous()
-    if for_weight and gathered.numel() == 0:
+    if for_weight and not ctx.keep:
         gathered = gather_rows(shard, ctx.group)
     if for_shard:
         to_shard, to_weight = _all_gather_matmul_backward(grad, gathered, weight, ctx.group, ctx.way, for_weight)
@@ -216,11 +217,12 @@ replicated_matmul.register_autograd(_replicated_backward, setup_context=_scatter
 
 
 def _product(rows: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-    """A weight's gradient, laid out as the weight is."""
-    if weight.is_contiguous():
-        return rows.t() @ gradient
-    return (gradient.t() @ rows).t()
+    """A weight's gradient."""
+    return (gradient.t() @ rows).t() if turned(weight) else rows.t() @ gradient
 
 
 def _like(weight: Tensor, wanted: bool) -> Tensor:
-    return torch.empty_like(weight) if wanted else weight.new_empty(0)
+    """As the value of `ways.WeightGradient`."""
+    if not wanted:
+        return weight.new_empty(0)
+    return weight.new_empty(weight.shape[::-1]).t() if turned(weight) else weight.new_empty(weight.shape)

@@ -36,6 +36,23 @@ def fused(call: Call, input: Tensor, weight: Tensor, group: Group) -> Tensor:
     return product
 
 
+def check(call: Call, group: Group) -> None:
+    """Wait for the fused calls so far, and raise what went wrong in them."""
+    module = _fused()
+    if module is not None:
+        module.check(group, torch.device(call.device))
+
+
+def gathered(call: Call, shard: Tensor, weight: Tensor, group: Group) -> Tensor:
+    """A copy of what `fused` gathered for an all_gather_matmul. Only directly after it: the next call overwrites it."""
+    checks = importlib.import_module("resilient.kernels.fused.checks")
+    launch = importlib.import_module("resilient.kernels.fused.launch")
+    known = checks.call_of(call.operation, shard, weight, group, None, None)
+    whole: Tensor = launch.gathered(known, group, shard.device).clone()
+    whole.chunk(call.world)[group.rank()].copy_(shard)  # the kernel leaves it out: nobody had to send it
+    return whole
+
+
 @functools.cache
 def _fused() -> ModuleType | None:
     if importlib.util.find_spec("resilient.kernels.fused") is None or importlib.util.find_spec("triton") is None:

@@ -13,26 +13,32 @@ from resilient.kernels import overlap
 from resilient.kernels.dispatch import optional
 from resilient.kernels.dispatch.decide import Choice
 from resilient.kernels.overlap.call import Call
-from resilient.kernels.overlap.exchange import Group, gather_all
+from resilient.kernels.overlap.exchange import Group
 
 Beside = Callable[[Tensor, int, int], None]
 
 
 def gather(
-    choice: Choice, call: Call, shard: Tensor, weight: Tensor, group: Group, beside: Beside | None = None
+    choice: Choice,
+    call: Call,
+    shard: Tensor,
+    weight: Tensor,
+    group: Group,
+    *,
+    keep: bool,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """all_gather_matmul: the product, and the gathered shards, or an empty tensor where a kernel keeps them to itself.
-
-    With `beside` they are always there.
-    """
+    """all_gather_matmul: the product and, with `keep` or `beside`, the gathered shards; else an empty tensor."""
+    wanted = keep or beside is not None
     if choice.method != "fused":
-        return overlap.all_gather_matmul(shard, weight, group, choice.chunks, beside=beside)
+        product, gathered = overlap.all_gather_matmul(shard, weight, group, choice.chunks, beside=beside)
+        return product, gathered if wanted else shard.new_empty(0)
     product = optional.fused(call, shard, weight, group)
-    if beside is None:
+    if not wanted:
         return product, shard.new_empty(0)
-    gathered = shard.new_empty(call.rows, call.inner)
-    gather_all(gathered, shard, group)
-    beside(gathered, 0, call.rows)
+    gathered = optional.gathered(call, shard, weight, group)
+    if beside is not None:
+        beside(gathered, 0, call.rows)
     return product, gathered
 
 
@@ -60,11 +66,19 @@ def reduce(
     return overlap.matmul_all_reduce(input, weight, group, choice.chunks, meanwhile=meanwhile)
 
 
+def turned(weight: Tensor) -> bool:
+    """Whether a weight's gradient lies in memory as [N, K], as the weight of nn.Linear does; otherwise as [K, N].
+
+    What the shape and the strides say alone, so that a compiler is told the layout that there will be.
+    """
+    return not weight.is_contiguous() and weight.t().is_contiguous()
+
+
 class WeightGradient:
-    """The sum of rows^T times their gradients, laid out as the weight is: `value` [K, N]."""
+    """The sum of rows^T times their gradients, laid out as `turned` says: `value` [K, N]."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._turned = not weight.is_contiguous()  # a weight that is kept as [N, K], as that of nn.Linear
+        self._turned = turned(weight)
         self._weight = weight
         self._sum: Tensor | None = None
 

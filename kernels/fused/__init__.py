@@ -15,7 +15,7 @@ from resilient.errors import UsageError
 from resilient.kernels.fused.checks import call_of, supported
 from resilient.kernels.fused.reference import APPLY
 from resilient.kernels.fused.shapes import Activation, Operation, Tile
-from resilient.kernels.fused.workspace import workspace
+from resilient.kernels.fused.workspace import workspaces
 
 __all__ = ["all_gather_matmul", "check", "close", "matmul_all_reduce", "matmul_reduce_scatter", "supported"]
 
@@ -75,13 +75,21 @@ def matmul_all_reduce(
 
 
 def check(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
-    """Wait for the calls made so far and raise what went wrong in them. For CUDA, where calls do not wait."""
-    workspace(group_of(group), device or torch.device("cpu")).check()
+    """Wait for the calls made so far and raise what went wrong in them. For CUDA, where calls do not wait.
+
+    Of one device, or without it of all that the group has made calls on.
+    """
+    for one in workspaces(group_of(group), device):
+        one.check()
 
 
 def close(group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
-    """Give the group's symmetric memory back. Later calls make it anew; all ranks close or none does."""
-    workspace(group_of(group), device or torch.device("cpu")).close()
+    """Give the group's symmetric memory back, of one device or of all. Later calls make it anew.
+
+    All ranks close or none does. What a group still has when it is destroyed is given back then.
+    """
+    for one in workspaces(group_of(group), device):
+        one.close()
 
 
 def group_of(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -10,116 +10,17 @@ only: the interpreter copies tensor arguments back onto themselves after a launc
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
 
+from resilient.kernels.fused.signals import ENTERED, admit, buffer, enter, failed, pad, signal, wait
+
 _jit: Callable[..., Any] = triton.jit
 # Not another binary for each epoch, rank or number of tries.
 _entry: Callable[..., Any] = triton.jit(do_not_specialize=["rank", "epoch", "call", "tries"])
-
-# Words of a pad; see layout.py, which Python code takes them from.
-FAILURE: tl.constexpr = tl.constexpr(0)
-STATUS: tl.constexpr = tl.constexpr(1)
-ENTERED: tl.constexpr = tl.constexpr(16)
-LATE: tl.constexpr = tl.constexpr(1 << 16)
-OTHER_CALL: tl.constexpr = tl.constexpr(2 << 16)
-
-
-def _nap() -> None:
-    """Let another rank have the core. Never compiled: the interpreter alone gets here."""
-    time.sleep(NAP_S)
-
-
-NAP_S = 1e-4
-setattr(_nap, "__triton_builtin__", True)  # noqa: B010 -- or Triton refuses a name that it does not know
-
-
-@_jit
-def _pad(signals: tl.tensor, rank: tl.tensor) -> tl.tensor:
-    return tl.load(signals + rank).to(tl.pointer_type(tl.int32))
-
-
-@_jit
-def _buffer(buffers: tl.tensor, rank: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    return tl.multiple_of(tl.load(buffers + rank).to(tl.pointer_type(dtype)), 16)
-
-
-@_jit
-def _give_up(signals: tl.tensor, own: tl.tensor, cause: tl.tensor, world: tl.constexpr) -> None:
-    """Write down why, for the caller, and tell all ranks."""
-    first = tl.atomic_cas(own + FAILURE, 0, cause, sem="relaxed", scope="sys")
-    tl.atomic_cas(own + STATUS, 0, tl.where(first == 0, cause, first), sem="relaxed", scope="sys")
-    for other in range(world):
-        tl.atomic_cas(_pad(signals, other) + FAILURE, 0, tl.where(first == 0, cause, first), sem="relaxed", scope="sys")
-
-
-@_jit
-def _wait(
-    signals: tl.tensor,
-    own: tl.tensor,
-    word: tl.tensor,
-    source: tl.tensor,
-    epoch: tl.tensor,
-    tries: tl.tensor,
-    world: tl.constexpr,
-    interpreted: tl.constexpr,
-) -> None:
-    """Until a word of the own pad, which `source` writes, is the epoch. What was written before it is then visible.
-
-    After `tries`, or once the group has failed, it gives up: the caller of the launch sees the status word.
-    """
-    left = tries
-    seen = tl.atomic_add(own + word, 0, sem="acquire", scope="sys")
-    while (seen != epoch) & (left > 0):
-        left -= 1
-        if interpreted:
-            _nap()
-        if tl.load(own + FAILURE, volatile=True) != 0:
-            left = 0
-        seen = tl.atomic_add(own + word, 0, sem="acquire", scope="sys")
-    if seen != epoch:
-        _give_up(signals, own, source + LATE, world)
-    tl.debug_barrier()
-
-
-@_jit
-def _signal(signals: tl.tensor, target: tl.tensor, word: tl.tensor, epoch: tl.tensor) -> None:
-    """Set a word of a rank's pad to the epoch, after all that this program has written."""
-    tl.debug_barrier()
-    tl.atomic_xchg(_pad(signals, target) + word, epoch, sem="release", scope="sys")
-
-
-@_jit
-def _enter(signals: tl.tensor, rank: tl.tensor, epoch: tl.tensor, call: tl.tensor, world: tl.constexpr) -> None:
-    """Tell all ranks which call this rank has come to: from now on they may write into its buffer."""
-    for step in range(1, world):
-        other = (rank + step) % world
-        tl.store(_pad(signals, other) + ENTERED + world + rank, call)
-        _signal(signals, other, ENTERED + rank, epoch)
-
-
-@_jit
-def _admit(
-    signals: tl.tensor,
-    own: tl.tensor,
-    peer: tl.tensor,
-    epoch: tl.tensor,
-    call: tl.tensor,
-    tries: tl.tensor,
-    world: tl.constexpr,
-    interpreted: tl.constexpr,
-) -> tl.tensor:
-    """Wait until a peer has come to the same call. False when it has not: its buffer is not to be touched."""
-    _wait(signals, own, ENTERED + peer, peer, epoch, tries, world, interpreted)
-    same = tl.load(own + ENTERED + world + peer, volatile=True) == call
-    failed = tl.load(own + STATUS, volatile=True) != 0
-    if (same == 0) & (failed == 0):
-        _give_up(signals, own, peer + OTHER_CALL, world)
-    return same & (failed == 0)
 
 
 @_jit
@@ -246,24 +147,24 @@ def all_gather_matmul(
     tile each, the own rows first.
     """
     pid = tl.program_id(0)
-    own = _pad(signals, rank)
+    own = pad(signals, rank)
     element = shard.dtype.element_ty
     pushes = (world - 1) * chunks
     if pid == 0:
-        _enter(signals, rank, epoch, call, world)
+        enter(signals, rank, epoch, call, world)
     if pid < pushes:
         others: tl.constexpr = world - 1 if world > 1 else 1
         chunk = pid // others
         peer = (rank + 1 + pid % others) % world
-        if _admit(signals, own, peer, epoch, call, tries, world, interpreted):
+        if admit(signals, own, peer, epoch, call, tries, world, interpreted):
             begin = (chunk * group * bm).to(tl.int64) * depth
             count = tl.minimum(group * bm, rows - chunk * group * bm).to(tl.int64) * depth
-            target = _buffer(buffers, peer, element) + rank.to(tl.int64) * rows * depth
+            target = buffer(buffers, peer, element) + rank.to(tl.int64) * rows * depth
             for at in range(0, count, copied):
                 offset = at + tl.arange(0, copied)
                 part = tl.load(shard + begin + offset, mask=offset < count)
                 tl.store(target + begin + offset, part, mask=offset < count)
-            _signal(signals, peer, ENTERED + 2 * world + rank * chunks + chunk, epoch)
+            signal(signals, peer, ENTERED + 2 * world + rank * chunks + chunk, epoch)
     else:
         tiles = tl.cdiv(rows, bm) * tl.cdiv(columns, bn)
         number = pid - pushes
@@ -272,8 +173,8 @@ def all_gather_matmul(
         left = shard
         if source != rank:
             arrived = ENTERED + 2 * world + source * chunks + down // group
-            _wait(signals, own, arrived, source, epoch, tries, world, interpreted)
-            left = _buffer(buffers, rank, element) + source.to(tl.int64) * rows * depth
+            wait(signals, own, arrived, source, epoch, tries, world, interpreted)
+            left = buffer(buffers, rank, element) + source.to(tl.int64) * rows * depth
         total = _product(
             left,
             weight,
@@ -333,11 +234,11 @@ def matmul_reduce(
     tiles that others have reduced.
     """
     pid = tl.program_id(0)
-    own = _pad(signals, rank)
+    own = pad(signals, rank)
     element = left.dtype.element_ty
     tiles = tl.cdiv(rows, bm) * tl.cdiv(columns, bn)
     if pid == 0:
-        _enter(signals, rank, epoch, call, world)
+        enter(signals, rank, epoch, call, world)
     owner = (rank + 1 + pid // tiles) % world
     number = pid % tiles
     down, across = _tile_of(number, rows, columns, bm, bn, group)
@@ -347,11 +248,11 @@ def matmul_reduce(
     at = across * bn + tl.arange(0, bn)
     inside = (into < limit)[:, None] & (at < columns)[None, :]
     place = into[:, None].to(tl.int64) * columns + at[None, :]
-    part_size = rows.to(tl.int64) * columns  # numbers in a rank's rows: the unit of the buffer
+    part_size = tl.cast(rows, tl.int64) * columns  # numbers in a rank's rows: the unit of the buffer
     partial = ENTERED + 2 * world
     reduced = partial + world * tiles
     if pid < (world - 1) * tiles:
-        if _admit(signals, own, owner, epoch, call, tries, world, interpreted):
+        if admit(signals, own, owner, epoch, call, tries, world, interpreted):
             if limit > 0:
                 total = _product(
                     left + first.to(tl.int64) * depth,
@@ -369,9 +270,9 @@ def matmul_reduce(
                     even,
                     interpreted,
                 )
-                target = _buffer(buffers, owner, element) + rank * part_size
+                target = buffer(buffers, owner, element) + rank * part_size
                 tl.store(target + place, _narrow(total, element, interpreted), mask=inside)
-            _signal(signals, owner, partial + rank * tiles + number, epoch)
+            signal(signals, owner, partial + rank * tiles + number, epoch)
     elif pid < world * tiles:
         mine = tl.zeros((bm, bn), dtype=tl.float32)
         if limit > 0:
@@ -392,26 +293,27 @@ def matmul_reduce(
                 interpreted,
             )
         total = tl.zeros((bm, bn), dtype=tl.float32)
-        base = _buffer(buffers, rank, element)
+        base = buffer(buffers, rank, element)
         for source in range(world):
             if source == rank:
                 total += mine
             else:
-                _wait(signals, own, partial + source * tiles + number, source, epoch, tries, world, interpreted)
+                wait(signals, own, partial + source * tiles + number, source, epoch, tries, world, interpreted)
                 total += tl.load(base + source * part_size + place, mask=inside, other=0.0).to(tl.float32)
         total = _finish(total, bias, across * bn, columns, bn, biased, activation)
         result = _narrow(total, element, interpreted)
         if everywhere:
             tl.store(out + first.to(tl.int64) * columns + place, result, mask=inside)
-            for step in range(1, world):
-                peer = (rank + step) % world
-                target = _buffer(buffers, peer, element) + (world + rank) * part_size
-                tl.store(target + place, result, mask=inside)
-                _signal(signals, peer, reduced + rank * tiles + number, epoch)
+            if failed(own) == 0:  # or the sum may lack what was waited for in vain: others are to give up as well
+                for step in range(1, world):
+                    peer = (rank + step) % world
+                    target = buffer(buffers, peer, element) + (world + rank) * part_size
+                    tl.store(target + place, result, mask=inside)
+                    signal(signals, peer, reduced + rank * tiles + number, epoch)
         else:
             tl.store(out + place, result, mask=inside)
     else:
-        _wait(signals, own, reduced + owner * tiles + number, owner, epoch, tries, world, interpreted)
-        base = _buffer(buffers, rank, element) + (world + owner) * part_size
+        wait(signals, own, reduced + owner * tiles + number, owner, epoch, tries, world, interpreted)
+        base = buffer(buffers, rank, element) + (world + owner) * part_size
         result = tl.load(base + place, mask=inside)
         tl.store(out + first.to(tl.int64) * columns + place, result, mask=inside)

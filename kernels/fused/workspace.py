@@ -29,7 +29,7 @@ class Workspace:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.timeout_s = DEFAULT_TIMEOUT_S
         self.epoch = 0
-        self._group, self._device = group, device
+        self._group, self._device = weakref.ref(group), device  # what is kept for a group does not keep the group
         self._memory: SymmetricMemory | None = None
         self._opened = 0
         self._failed: ResilientError | None = None
@@ -60,12 +60,14 @@ class Workspace:
         if memory is None or call.buffer_bytes > memory.buffer_bytes or call.signal_words > memory.signal_words:
             memory = self._grow(call)
         self.epoch = _next(self.epoch)
+        memory.begin_call(self.epoch)
         return memory
 
     def finish(self, call: Call) -> None:
         """Raise what went wrong in a launch that is over. On CUDA, where it is not, `check` or a later `begin` does."""
         if self._device.type == "cpu":
             self._raise_if_failed(str(call))
+            self.memory.end_call(self.epoch)
         else:
             self._left.copy_(self._status(self.memory), non_blocking=True)
 
@@ -98,16 +100,17 @@ class Workspace:
             raise
 
     def _grow(self, call: Call) -> SymmetricMemory:
-        old = self._memory
+        old, group = self._memory, self._group()
+        assert group is not None  # who calls has it
         if old is not None:
             self._announce(old, call)
         buffer_bytes = max(call.buffer_bytes, old.buffer_bytes if old else 0)
         signal_words = max(call.signal_words, old.signal_words if old else 0)
         self._opened += 1
         memory = open_symmetric(
-            self._group,
+            group,
             self._device,
-            name=f"fused/{self._opened}",
+            name=f"fused/{self._device.type}/{self._opened}",  # each name once in a group
             buffer_bytes=buffer_bytes,
             signal_words=signal_words,
             timeout_s=self.timeout_s,
@@ -140,8 +143,23 @@ _workspaces: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Wo
 
 
 def workspace(group: dist.ProcessGroup, device: torch.device) -> Workspace:
-    """The workspace of a group on a device; made when first asked for, without memory."""
+    """The workspace of a group on a device; made when first asked for, without memory. Closed when the group ends."""
     devices = _workspaces.setdefault(group, {})
+    device = _exactly(device)
     if device not in devices:
         devices[device] = Workspace(group, device)
+        weakref.finalize(group, devices[device].close).atexit = False  # at exit the memory looks after itself
     return devices[device]
+
+
+def workspaces(group: dist.ProcessGroup, device: torch.device | None) -> list[Workspace]:
+    """Those that a group has: on a device, or on all."""
+    devices = _workspaces.get(group, {})
+    return list(devices.values()) if device is None else [devices[one] for one in devices if one == _exactly(device)]
+
+
+def _exactly(device: torch.device) -> torch.device:
+    """As tensors name it: there is one CPU, and "cuda" is the current device."""
+    if device == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device

@@ -5,7 +5,7 @@ because torch's own barriers use its pad. Torch refuses two ranks on one GPU unl
 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, which tests set and which is of no use otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -14,26 +14,65 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as torch_symmetric
 from torch import Tensor
 
-from resilient.errors import UsageError
+from resilient.errors import CollectiveFailed, OverBudget, UsageError
+from resilient.kernels.symmetric.peers import Store, await_outcomes, meet_on_devices, outcome_told
 
 _WORD_BYTES = 4
 _ALIGN_BYTES = 4096
 
 
-def open_cuda(group: dist.ProcessGroup, device: torch.device, *, buffer_bytes: int, signal_words: int) -> "CudaMemory":
-    """As `open_symmetric`. Raises UsageError when torch cannot share memory among these ranks."""
+def open_cuda(
+    store: Store,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    name: str,
+    buffer_bytes: int,
+    signal_words: int,
+    timeout_s: float,
+    waiting: Callable[[], None],
+) -> "CudaMemory":
+    """As `open_symmetric`. Ranks meet in the group's store before anything is done on a device.
+
+    Raises UsageError when torch cannot share memory among these ranks.
+    """
     pad_bytes = -(-signal_words * _WORD_BYTES // _ALIGN_BYTES) * _ALIGN_BYTES
-    whole = torch_symmetric.empty(pad_bytes + buffer_bytes, dtype=torch.uint8, device=device)
-    whole.zero_()
+    rank, size = group.rank(), group.size()
+    sizes = (buffer_bytes, signal_words)
+    meet_on_devices(store, rank, size, name=name, sizes=sizes, timeout_s=timeout_s, waiting=waiting)
+    with outcome_told(store, rank, name):  # in torch's rendezvous the others would wait for who has no room
+        whole = _allocated(pad_bytes + buffer_bytes, device)
+    await_outcomes(store, size, name=name, timeout_s=timeout_s, waiting=waiting)
+    memory = CudaMemory(_met(whole, group, name), whole, pad_bytes, buffer_bytes, signal_words)
+    memory.barrier(0, timeout_s)  # no rank writes before all pads are zero
+    return memory
+
+
+def _allocated(nbytes: int, device: torch.device) -> Tensor:
     try:
-        handle: Any = torch_symmetric.rendezvous(whole, group)
+        whole: Tensor = torch_symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise OverBudget(
+            f"{device} has no room for {nbytes} bytes of symmetric memory; use smaller operands"
+        ) from error
+    except RuntimeError as error:
+        raise UsageError(
+            f"torch has no symmetric memory on {device} ({error}); use the operations without fusion"
+        ) from error
+    return whole.zero_()
+
+
+def _met(whole: Tensor, group: dist.ProcessGroup, name: str) -> Any:
+    try:
+        return torch_symmetric.rendezvous(whole, group)
+    except dist.DistError as error:  # the store's or a backend's: it says nothing about the GPUs
+        raise CollectiveFailed(
+            f"the ranks did not exchange their handles of symmetric memory {name!r}: {error}"
+        ) from error
     except RuntimeError as error:
         raise UsageError(
             f"the GPUs of this group cannot share memory ({error}); use the operations without fusion"
         ) from error
-    memory = CudaMemory(handle, whole, pad_bytes, buffer_bytes, signal_words)
-    memory.barrier()  # no rank writes before all pads are zero
-    return memory
 
 
 class CudaMemory:
@@ -63,14 +102,20 @@ class CudaMemory:
     def get_signals(self, rank: int) -> Tensor:
         return self._bytes(rank)[: self.signal_words * _WORD_BYTES].view(torch.int32)
 
-    def put_signal(self, rank: int, channel: int = 0) -> None:
-        self._handle.put_signal(rank, channel)
+    def put_signal(self, rank: int, channel: int = 0, timeout_s: float = 30.0) -> None:
+        self._handle.put_signal(rank, channel, int(timeout_s * 1000))
 
     def wait_signal(self, rank: int, channel: int = 0, timeout_s: float = 30.0) -> None:
         self._handle.wait_signal(rank, channel, int(timeout_s * 1000))
 
     def barrier(self, channel: int = 0, timeout_s: float = 30.0) -> None:
         self._handle.barrier(channel, int(timeout_s * 1000))
+
+    def begin_call(self, number: int) -> None:
+        """Nothing: nobody notices an end here but by the timeout."""
+
+    def end_call(self, number: int) -> None:
+        """As `begin_call`."""
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)  # no kernel of this rank is on its way to the others any more

@@ -54,8 +54,12 @@ class SymmetricMemory(Protocol):
         """A rank's pad: int32, `signal_words` long."""
         ...
 
-    def put_signal(self, rank: int, channel: int = 0) -> None:
-        """Tell a rank; all that this rank wrote before is seen by who waits for it."""
+    def put_signal(self, rank: int, channel: int = 0, timeout_s: float = 30.0) -> None:
+        """Tell a rank; all that this rank wrote before is seen by who waits for it.
+
+        Never waits on a host, where signals are counted. On CUDA there is one at a time: the stream waits until the
+        rank has taken the one before, at most `timeout_s`, and a timeout ends the process's context.
+        """
         ...
 
     def wait_signal(self, rank: int, channel: int = 0, timeout_s: float = 30.0) -> None:
@@ -69,8 +73,19 @@ class SymmetricMemory(Protocol):
         """Wait for all ranks, as `wait_signal` does for one."""
         ...
 
+    def begin_call(self, number: int) -> None:
+        """For who counts calls: this rank comes to this one. A rank that left before it is gone, to those that wait."""
+        ...
+
+    def end_call(self, number: int) -> None:
+        """This rank needs nothing more of this call: if it leaves now, others may still finish it. Not for CUDA."""
+        ...
+
     def close(self) -> None:
-        """Let go of it. Tensors over it stay valid; safe to repeat."""
+        """Let go of it, as the end of the process does. Tensors over it stay valid; safe to repeat.
+
+        Others may still finish what needs this rank no more; who waits for it gets PeerGone (on CUDA, the timeout).
+        """
         ...
 
 

@@ -10,12 +10,10 @@ import json
 import mmap
 import os
 import secrets
-import select
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from resilient.errors import CollectiveMismatch, CollectiveTimeout, OverBudget, PeerGone, UsageError
-from resilient.kernels.symmetric.memory import Cause
+from resilient.errors import CollectiveFailed, CollectiveMismatch, CollectiveTimeout, OverBudget, PeerGone, UsageError
 
 _HEAD_BYTES = 4096
 _NONCE_BYTES = 32
 _POLL_S = 0.002
+_PREFIX = "resilient/symmetric"
 
 
 class Store(Protocol):
@@ -100,13 +98,32 @@ def meet(
 
     Raises CollectiveTimeout; CollectiveMismatch and UsageError, these on all ranks.
     """
-    prefix = f"resilient/symmetric/{name}"
+    prefix = f"{_PREFIX}/{name}"
     me = Member(place=_place(), host=socket.gethostname(), pid=os.getpid(), fd=own.fd, nonce=own.nonce, sizes=sizes)
     store.set(f"{prefix}/{rank}", json.dumps(asdict(me)))
     end = time.monotonic() + timeout_s
     members = [_read(store, f"{prefix}/{other}", other, name, end, timeout_s, waiting) for other in range(size)]
-    _check(members)
+    _check_places(members)
+    check_sizes([member.sizes for member in members])
     return members
+
+
+def meet_on_devices(
+    store: Store,
+    rank: int,
+    size: int,
+    *,
+    name: str,
+    sizes: tuple[int, ...],
+    timeout_s: float,
+    waiting: Callable[[], None],
+) -> None:
+    """As `meet`, where ranks do not map files of one another and may be on other hosts."""
+    store.set(f"{_PREFIX}/{name}/{rank}", json.dumps(sizes))
+    end = time.monotonic() + timeout_s
+    keys = [f"{_PREFIX}/{name}/{other}" for other in range(size)]
+    said = [_get(store, key, other, name, end, timeout_s, waiting) for other, key in enumerate(keys)]
+    check_sizes([tuple(json.loads(one)) for one in said])
 
 
 def open_segments(members: Sequence[Member], rank: int, own: Segment) -> list[Segment]:
@@ -121,22 +138,78 @@ def _open(member: Member, rank: int, own: Segment) -> Segment:
         raise UsageError(
             f"the memory of rank {rank} (process {member.pid}) cannot be opened: run all ranks as one user"
         ) from error
-    except OSError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:
         raise PeerGone(f"rank {rank} (process {member.pid}) is gone", rank=rank, host=member.host) from error
+    except OSError as error:
+        raise OverBudget(
+            f"the memory of rank {rank} cannot be opened ({error.strerror}); raise the limit of open files"
+        ) from error
     try:
         found = Segment(fd, len(own.bytes), member.nonce)
     except ValueError as error:  # shorter than what it should be: another file
-        os.close(fd)
         raise PeerGone(f"rank {rank} (process {member.pid}) is gone", rank=rank, host=member.host) from error
-    found.close()
+    except OSError as error:
+        raise OverBudget(
+            f"the system does not map {len(own.bytes)} bytes of rank {rank}'s memory ({error.strerror}); use smaller "
+            "operands, or raise the limit of address space or mappings"
+        ) from error
+    finally:
+        os.close(fd)
+    found.fd = -1
     if not hmac.compare_digest(found.head, bytes.fromhex(member.nonce)):
         raise PeerGone(f"process {member.pid} is not rank {rank} any more", rank=rank, host=member.host)
     return found
 
 
+@contextmanager
+def outcome_told(store: Store, rank: int, name: str) -> Iterator[None]:
+    """Tells the other ranks what is raised inside, or that nothing is."""
+    said = ""
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        raise
+    finally:
+        store.set(f"{_PREFIX}/{name}/{rank}/opened", said)
+
+
+def await_outcomes(
+    store: Store,
+    size: int,
+    *,
+    name: str,
+    timeout_s: float,
+    waiting: Callable[[], None],
+    ended: Callable[[int], bool] = lambda rank: False,
+) -> None:
+    """Waits for all ranks. Raises CollectiveFailed when one could not open it; PeerGone, CollectiveTimeout."""
+    end = time.monotonic() + timeout_s
+    found = []
+    for rank in range(size):
+        key = f"{_PREFIX}/{name}/{rank}/opened"
+
+        def check(rank: int = rank, key: str = key) -> None:
+            waiting()
+            if ended(rank) and not store.check([key]):
+                raise PeerGone(f"rank {rank} is gone: it ended before all had opened {name!r}", rank=rank)
+
+        found.append(_get(store, key, rank, name, end, timeout_s, check).decode())
+    for rank, said in enumerate(found):
+        if said:
+            raise CollectiveFailed(f"rank {rank} cannot open symmetric memory {name!r}: {said}", rank=rank)
+
+
 def _read(
     store: Store, key: str, rank: int, name: str, end: float, timeout_s: float, waiting: Callable[[], None]
 ) -> Member:
+    said = json.loads(_get(store, key, rank, name, end, timeout_s, waiting))
+    return Member(**{**said, "sizes": tuple(said["sizes"])})
+
+
+def _get(
+    store: Store, key: str, rank: int, name: str, end: float, timeout_s: float, waiting: Callable[[], None]
+) -> bytes:
     while not store.check([key]):
         waiting()
         if time.monotonic() > end:
@@ -144,77 +217,28 @@ def _read(
                 f"rank {rank} has not opened symmetric memory {name!r} within {timeout_s:g} s", rank=rank
             )
         time.sleep(_POLL_S)
-    said = json.loads(store.get(key))
-    return Member(**{**said, "sizes": tuple(said["sizes"])})
+    return store.get(key)
 
 
-def _check(members: Sequence[Member]) -> None:
+def _check_places(members: Sequence[Member]) -> None:
     for rank, member in enumerate(members):
         if member.place != members[0].place:
             raise UsageError(
                 f"symmetric memory needs all ranks on one host and in one PID namespace: rank {rank} is on "
                 f"{member.host}, rank 0 on {members[0].host}"
             )
-        if member.sizes != members[0].sizes:
+
+
+def check_sizes(sizes: Sequence[tuple[int, ...]]) -> None:
+    """Raises CollectiveMismatch when ranks want different ones."""
+    for rank, wanted in enumerate(sizes):
+        if wanted != sizes[0]:
             raise CollectiveMismatch(
-                f"ranks want symmetric memory of different sizes: rank {rank} of {member.sizes} (bytes, words), "
-                f"rank 0 of {members[0].sizes}; their calls or shapes differ"
+                f"ranks want symmetric memory of different sizes: rank {rank} of {wanted} (bytes, words), "
+                f"rank 0 of {sizes[0]}; their calls or shapes differ"
             )
 
 
 def _place() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-
-
-class Watch:
-    """Notices the end of other ranks' processes at once. `start` gives the thread its callback."""
-
-    def __init__(self, members: Sequence[Member], rank: int) -> None:
-        """Raises PeerGone for a process that is not there."""
-        self._ranks: dict[int, int] = {}
-        self._wake, self._end = os.pipe2(os.O_CLOEXEC)
-        self._fds = [self._wake, self._end]
-        self._thread: threading.Thread | None = None
-        for other, member in enumerate(members):
-            if other != rank:
-                self._add(other, member)
-
-    def _add(self, rank: int, member: Member) -> None:
-        try:
-            self._fds.append(os.pidfd_open(member.pid))
-        except ProcessLookupError as error:
-            self._close()
-            raise PeerGone(f"rank {rank} (process {member.pid}) is gone", rank=rank, host=member.host) from error
-        self._ranks[self._fds[-1]] = rank
-
-    def start(self, gone: Callable[[int], None]) -> None:
-        """`gone(word)` is called from a thread when a process has ended, with the failure word for it."""
-        self._thread = threading.Thread(target=self._run, args=(gone,), name="resilient-symmetric", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread. Safe to repeat."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            with suppress(OSError):
-                os.write(self._end, b"x")
-            thread.join()
-        self._close()
-
-    def _run(self, gone: Callable[[int], None]) -> None:
-        poll = select.poll()
-        for fd in (self._wake, *self._ranks):
-            poll.register(fd, select.POLLIN)
-        while True:
-            ready = [fd for fd, _ in poll.poll()]
-            if self._wake in ready:
-                break
-            for fd in ready:
-                poll.unregister(fd)
-                gone(Cause.GONE.word(self._ranks[fd]))
-
-    def _close(self) -> None:
-        fds, self._fds = self._fds, []
-        for fd in fds:
-            os.close(fd)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.fused import jobs
+from tests.kernels.fused import endings, jobs
 from tests.multiprocess.ranks import run
 
 pytestmark = [
@@ -54,6 +54,16 @@ def test_gradients_are_those_of_the_whole_computation(world: int) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named_on_all_ranks() -> None:
-    for kind, said, _ in on_gpu(jobs.a_rank_that_does_not_come, 2, 2.0):
+    for kind, said, _ in on_gpu(endings.a_rank_that_does_not_come, 2, 2.0):
         assert kind == "CollectiveTimeout"
         assert "rank 1 has not come" in said
+
+
+def test_check_and_close_find_the_memory_by_any_name_of_the_device() -> None:
+    for *kinds, said in on_gpu(endings.another_name_of_the_device, 2, 2.0):
+        assert kinds == ["CollectiveTimeout"] * 4
+        assert "no fused call has been made" in said
+
+
+def test_nothing_stays_of_a_group_that_is_over() -> None:
+    on_gpu(endings.groups_that_are_over, 2)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,20 +98,46 @@ def test_costs_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", "null", '{"version": 1, "key": {}, "costs": {}}', "version", "rates", "lines", "zero"]
+    "text", ["", "{}", "[1]", "null", '{"version": 1, "key": {}, "costs": {}}', "[" * 100_000], ids=range(6)
 )
-def test_a_file_that_is_damaged_or_from_elsewhere_is_none(text: str, tmp_path: Path) -> None:
+def test_a_file_that_holds_something_else_is_none(text: str, tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.keep(KEY, costs())
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    assert cache.find(KEY) is None
+
+
+Damage = Callable[[dict[str, Any]], object]  # of what a file holds
+DAMAGES: dict[str, Damage] = {
+    "another version": lambda file: file.update(version=0),
+    "another key": lambda file: file["key"].update(world=3),
+    "no rates": lambda file: file["costs"].update(rates={}),
+    "rates that are none": lambda file: file["costs"].update(rates=[1]),
+    "lines that are none": lambda file: file["costs"].update(lines=[1]),
+    "a rate of nothing": lambda file: file["costs"]["rates"].update({"32": 0}),
+    "a rate that is not a number": lambda file: file["costs"]["rates"].update({"32": float("nan")}),
+    "a rate without end": lambda file: file["costs"]["rates"].update({"32": float("inf")}),
+    "a rate beyond numbers": lambda file: file["costs"]["rates"].update({"32": 10**400}),
+    "a latency that is not a number": lambda file: file["costs"]["lines"][OPERATIONS[1]].update(latency_s=float("nan")),
+    "rows that are none": lambda file: file["costs"]["rates"].update({"0": 1e9}),
+    "more rows than there can be": lambda file: file["costs"]["rates"].update({"9" * 3000: 1e9}),
+    "too many rates to tell": lambda file: file["costs"]["rates"].update({str(rows): 1e9 for rows in range(1, 101)}),
+    "an operation too few": lambda file: file["costs"]["lines"].pop(OPERATIONS[2]),
+    "an operation too many": lambda file: file["costs"]["lines"].update(other=file["costs"]["lines"][OPERATIONS[0]]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_file_that_is_damaged_or_from_elsewhere_is_none(damage: Damage, tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     cache.keep(KEY, costs())
     (path,) = tmp_path.iterdir()
     whole = json.loads(path.read_text())
-    if text == "version":
-        whole["version"] = 0
-    elif text == "zero":
-        whole["costs"]["rates"]["32"] = 0
-    elif text in whole["costs"]:
-        whole["costs"][text] = [1]
-    path.write_text(json.dumps(whole) if text in ("version", "rates", "lines", "zero") else text)
+    path.write_text(json.dumps(whole))
+    assert cache.find(KEY) is not None
+    damage(whole)
+    path.write_text(json.dumps(whole))
     assert cache.find(KEY) is None
 
 

@@ -1,12 +1,19 @@
 """The dispatcher among real ranks: errors, agreement, verdicts, and what is left when a peer dies."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from resilient.kernels.dispatch.decide import Method
 from tests.kernels.dispatch import jobs
 from tests.multiprocess import ranks
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not there for this platform"
+)
 
 
 def test_wrong_calls_are_the_same_clear_error_on_all_ranks_and_harm_nothing() -> None:
@@ -65,6 +72,15 @@ def test_autocast_inference_and_activation_checkpoints_are_respected() -> None:
     ranks.run(jobs.in_other_modes, 2)
 
 
+@pytest.mark.parametrize("method", ["plain", "chunked", pytest.param("fused", marks=needs_triton)])
+def test_a_compiled_function_has_the_same_gradients(method: Method) -> None:
+    ranks.run(jobs.compiled, 2, method)
+
+
+def test_gradients_are_laid_out_as_a_compiler_is_told() -> None:
+    assert ranks.run(jobs.strides, 2) == [[], []]
+
+
 def test_a_small_shape_is_done_the_plain_way_without_being_timed() -> None:
     said = ranks.run(jobs.small, 2)
     assert said[0] == said[1] == ["plain: 64 rows are too few for two chunks of 256", True, 0]
@@ -88,6 +104,56 @@ def test_verdicts_are_renewed_when_times_have_changed(tmp_path: Path, monkeypatc
     before, after = taken[0]
     assert before.startswith("chunked")
     assert after == "plain"
+
+
+def test_a_shape_whose_plain_way_was_the_only_one_is_tried_again_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESILIENT_CACHE_DIR", str(tmp_path))
+    assert ranks.run(jobs.renewing_the_only_way, 2) == [["plain", "chunked in 2"]] * 2
+
+
+@pytest.mark.parametrize("settled_before", [False, True])
+def test_a_fused_way_that_fails_on_one_rank_is_done_plainly_on_all_and_not_tried_again(
+    settled_before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESILIENT_CACHE_DIR", str(tmp_path))
+    told = ranks.run(jobs.a_fused_way_that_fails, 2, settled_before)
+    assert told[0] == told[1]
+    first, taken, verdicts, reasons = told[0]
+    assert first == ("fused" if settled_before else "none")
+    assert "fused" not in [*taken, *verdicts]
+    assert [reason for reason in reasons if "rank 1: UsageError: these two share no memory" not in reason] == []
+
+
+@needs_triton
+def test_a_fused_call_that_failed_before_is_an_error_on_all_ranks_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESILIENT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("RESILIENT_RUNTIME_DIR", str(tmp_path))
+    told = ranks.run(jobs.a_fused_call_that_failed_before, 2)
+    (left, error), (_, same) = told
+    assert "rank 1 has not come" in left
+    assert error.startswith("rank 0: a fused call before matmul_all_reduce of [300, 512]")
+    assert error == same
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose work could be captured")
+def test_while_a_graph_is_captured_calls_are_plain_and_nothing_is_timed(tmp_path: Path) -> None:
+    taken = ranks.run(jobs.captured, 1, str(tmp_path))[0]
+    assert taken == ["plain", "plain"]
+
+
+def test_a_replicated_matmul_that_is_wrong_on_one_rank_is_an_error_on_all() -> None:
+    texts = ranks.run(jobs.one_wrong_replicated_call, 3)
+    assert texts[0] == texts[1] == texts[2]
+    wrong, rows, columns = texts[0]
+    assert wrong.startswith("UsageError: rank 1: ")
+    assert "6 is not 5" in wrong
+    assert rows.startswith("CollectiveMismatch")
+    assert "ranks 0, 2: replicated_matmul of [4, 6]" in rows
+    assert columns == "nothing was said"
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -247,49 +247,6 @@ def refused(call: Callable[[], Any]) -> tuple[str, str, float]:
     return "", "no error", time.monotonic() - begin
 
 
-def different_calls(kind: str) -> list[tuple[str, str, float]]:
-    """Rank 1 makes another call than the others; then all make the same one."""
-    odd = dist.get_rank() == 1
-    left, weight = drawn(9, 8, seed=1), drawn(8, 8, seed=2)
-    if kind != "at first":
-        fused.all_gather_matmul(drawn(16, 16, seed=1), drawn(16, 16, seed=1), tile=TINY)  # memory is there
-
-    def call() -> None:
-        if kind == "operation":
-            FUNCTIONS["matmul_all_reduce" if odd else "matmul_reduce_scatter"](left, weight, tile=TINY)
-        elif kind == "shape":
-            fused.all_gather_matmul(left, weight[:, : 5 if odd else 6], tile=TINY)
-        elif kind == "activation":
-            fused.all_gather_matmul(left, weight, activation="relu" if odd else None, tile=TINY)
-        elif kind == "dtype":
-            dtype = torch.float16 if odd else torch.float32
-            fused.all_gather_matmul(left.to(dtype), weight.to(dtype), tile=TINY)
-        else:  # one that needs more memory than there is, and on the others one that does not, or less
-            rows = 200 if odd else 8
-            fused.all_gather_matmul(drawn(rows, 8, seed=1), weight, tile=TINY)
-
-    return [refused(call), refused(lambda: fused.all_gather_matmul(left, weight, tile=TINY))]
-
-
-def a_rank_that_does_not_come(timeout_s: float) -> tuple[str, str, float]:
-    """Rank 1 leaves one call out until the others have given up on it."""
-    left, weight = drawn(8, 8, seed=1), drawn(8, 8, seed=2)
-    fused.all_gather_matmul(left, weight, tile=TINY)
-    workspace(fused.group_of(None), left.device).timeout_s = timeout_s
-    if dist.get_rank() == 1:
-        store = dist.distributed_c10d._get_default_store()
-        store.wait(["given up"])
-
-    def call() -> None:
-        fused.all_gather_matmul(left, weight, tile=TINY)
-        fused.check(None, left.device)
-
-    found = refused(call)
-    if dist.get_rank() == 0:
-        dist.distributed_c10d._get_default_store().set("given up", "")
-    return found
-
-
 def unfit_operands() -> list[str]:
     """What is said of operands that do not fit, before anything is launched."""
     left, weight = drawn(8, 6, seed=1), drawn(6, 4, seed=2)
@@ -339,19 +296,3 @@ def another_thread_of_calls() -> None:
             close_to(result, expected("all_gather_matmul", lefts, weights))
             fused.check(chosen)
             fused.close(chosen)
-
-
-def die_or_report(rank: int, world: int, folder: str) -> None:
-    """A process of its own: the last rank is killed in the middle of the others' call, and they write what they got."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    left, weight = drawn(8, 8, seed=1), drawn(8, 8, seed=2)
-    fused.all_gather_matmul(left, weight, tile=TINY)
-    if rank == world - 1:
-        Path(folder, f"ready {os.getpid()}").touch()
-        time.sleep(600)
-    kind, said, _ = refused(lambda: fused.all_gather_matmul(left, weight, tile=TINY))
-    Path(folder, f"writing {rank}").write_text(f"{kind}: {said}")
-    Path(folder, f"writing {rank}").rename(Path(folder, f"rank {rank}"))
-    os._exit(0)

@@ -7,7 +7,7 @@ made there; each must be found.
 from collections.abc import Sequence
 from typing import Literal
 
-from tests.kernels.fused.interleavings import Call, Cell, Program, Rank, Read, Release, Step, Store, Wait
+from tests.kernels.fused.interleavings import Call, Cell, Program, Rank, Read, Release, Step, Stop, Store, Wait
 
 Kernel = Literal["all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"]
 Mutation = Literal[
@@ -18,6 +18,8 @@ Mutation = Literal[
     "signals without epoch",  # always 1, and never reset
     "no wait for entry",  # writes into a buffer that may still be in use
     "entry too early",  # announced with work of the call before still to be done
+    "writes after giving up",  # into the buffer of a rank that has not come
+    "signals after giving up",  # hands on a sum that lacks what did not come
 ]
 MUTATIONS: tuple[Mutation, ...] = (
     "signal before data",
@@ -28,6 +30,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     "no wait for entry",
     "entry too early",
 )
+# These show only where waits are given up.
+AFTER_GIVING_UP: tuple[Mutation, ...] = ("writes after giving up", "signals after giving up")
 
 
 def ranks(kernels: Sequence[Kernel], world: int, mutation: Mutation | None = None) -> list[Rank]:
@@ -46,7 +50,7 @@ def _call(kernel: Kernel, rank: int, world: int, epoch: int, mutation: Mutation 
     takes: Program = tuple(step for other in others for step in _take(rank, other, data, "first", epoch, mutation))
     if kernel == "matmul_all_reduce":
         result = [step for other in others for step in _put(rank, other, ("high",), "second", epoch, mutation)]
-        programs += [(*takes, *result)]
+        programs += [(*takes, *([] if mutation == "signals after giving up" else [Stop()]), *result)]
         programs += [_take(rank, other, ("high",), "second", epoch, mutation) for other in others]
     else:
         programs += [takes]
@@ -71,7 +75,8 @@ def _push(rank: int, other: int, data: Sequence[str], epoch: int, mutation: Muta
     wait: list[Step] = [Wait(_cell(rank, "entered", other), epoch)]
     if mutation == "no wait for entry" or (mutation == "entry too early" and epoch == 1):
         wait = []
-    return (*wait, *_put(rank, other, data, "first", epoch, mutation))
+    stop = [] if mutation == "writes after giving up" else [Stop()]
+    return (*wait, *stop, *_put(rank, other, data, "first", epoch, mutation))
 
 
 def _put(rank: int, other: int, data: Sequence[str], signal: str, epoch: int, mutation: Mutation | None) -> Program:

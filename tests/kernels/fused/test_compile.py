@@ -25,27 +25,27 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-def compiled(operation: Operation, dtype: torch.dtype, capability: int, *, k: int = 4096) -> Any:
+def compiled(
+    operation: Operation, dtype: torch.dtype, capability: int, *, m: int = 8192, n: int = 8192, k: int = 4096
+) -> Any:
     """A call of eight ranks as the launcher would have it compiled, with bias and activation."""
     tile = TILES[dtype]
-    call = Call(
-        operation=operation, m=8192, n=8192, k=k, dtype=dtype, world=8, biased=True, activation="gelu", tile=tile
-    )
+    call = Call(operation=operation, m=m, n=n, k=k, dtype=dtype, world=8, biased=True, activation="gelu", tile=tile)
     gathers = operation == "all_gather_matmul"
     function: Any = kernel.all_gather_matmul if gathers else kernel.matmul_reduce
     constant = constants(call) | ({"aligned": k % 8 == 0} if gathers else {})
     options = {name: constant.pop(name) for name in OPTIONS}
-    constant["column_stride"] = 1  # as Triton does with arguments that are 1
     types = {"buffers": "*i64", "signals": "*i64"}
     types |= dict.fromkeys(("shard", "left", "weight", "bias", "out"), NAMES[dtype])
-    sixteens = {"rows", "whole", "columns", "shard", "left", "weight", "bias", "out"} | (
-        {"depth", "depth_stride"} if k % 16 == 0 else set()
-    )
+    numbers = {"rows": call.rows, "whole": m, "columns": n, "depth": k, "depth_stride": n, "column_stride": 1}
     signature, attributes = {}, {}
-    for number, name in enumerate(function.arg_names):
+    for parameter in function.params:
+        name = parameter.name
+        if not parameter.do_not_specialize and numbers.get(name) == 1:  # Triton takes it for a constant
+            constant[name] = 1
+        elif not parameter.do_not_specialize and (name in types or (name in numbers and numbers[name] % 16 == 0)):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         signature[name] = "constexpr" if name in constant else types.get(name, "i32")
-        if name in sixteens:
-            attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constant, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -89,3 +89,12 @@ def test_default_tiles_stay_in_registers_and_signals_are_ordered(
 def test_any_depth_compiles_for_float16() -> None:
     for operation in OPERATIONS:
         assert compiled(operation, torch.float16, 90, k=4095).asm["cubin"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("shape", [(8, 8192, 4096), (1, 1, 1)])
+def test_one_row_of_a_rank_and_every_other_dimension_of_one_compile(
+    operation: Operation, shape: tuple[int, int, int]
+) -> None:
+    m, n, k = shape
+    assert compiled(operation, torch.bfloat16, 90, m=m, n=n, k=k).asm["cubin"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import resilient.kernels.fused
-from tests.kernels.fused import jobs
+from tests.kernels.fused import endings, jobs
 from tests.multiprocess.ranks import run
 
 KERNEL = Path(resilient.kernels.fused.__file__).with_name("kernel.py")
@@ -52,21 +52,21 @@ def test_calls_may_be_counted_beyond_what_fits_a_signal() -> None:
 
 
 # Of one rank, and longer than a tile takes: the own ones come first. It waits for nothing.
-DAWDLE = "            for _ in range(0, 1000 * rank):\n                tl.load(own + STATUS, volatile=True)\n"
+DAWDLE = "            for _ in range(0, 1000 * rank):\n                failed(own)\n"
 CHUNK = "            begin = (chunk * group * bm).to(tl.int64) * depth\n"
 TILE = "            if limit > 0:\n                total = _product(\n"
-SIGNAL_CHUNK = "            _signal(signals, peer, ENTERED + 2 * world + rank * chunks + chunk, epoch)\n"
-SIGNAL_TILE = "            _signal(signals, owner, partial + rank * tiles + number, epoch)\n"
-AWAIT_CHUNK = "_wait(signals, own, arrived"
-AWAIT_TILE = "_wait(signals, own, partial + source"
+SIGNAL_CHUNK = "            signal(signals, peer, ENTERED + 2 * world + rank * chunks + chunk, epoch)\n"
+SIGNAL_TILE = "            signal(signals, owner, partial + rank * tiles + number, epoch)\n"
+AWAIT_CHUNK = "wait(signals, own, arrived"
+AWAIT_TILE = "wait(signals, own, partial + source"
 NO_WAIT = (
     "\n\n@_jit\ndef _no_wait(signals, own, word, source, epoch, tries, world, interpreted):\n    tl.debug_barrier()\n"
 )
 MISTAKES = {  # what is replaced in the kernels' source, and by what
     "the flag of a chunk is set before its data": {CHUNK: SIGNAL_CHUNK + DAWDLE + CHUNK},
     "the flag of a tile is set before its data": {TILE: SIGNAL_TILE + DAWDLE + TILE},
-    "nobody waits for a chunk": {CHUNK: DAWDLE + CHUNK, AWAIT_CHUNK: AWAIT_CHUNK.replace("_wait", "_no_wait")},
-    "nobody waits for a tile": {TILE: DAWDLE + TILE, AWAIT_TILE: AWAIT_TILE.replace("_wait", "_no_wait")},
+    "nobody waits for a chunk": {CHUNK: DAWDLE + CHUNK, AWAIT_CHUNK: AWAIT_CHUNK.replace("wait", "_no_wait")},
+    "nobody waits for a tile": {TILE: DAWDLE + TILE, AWAIT_TILE: AWAIT_TILE.replace("wait", "_no_wait")},
 }
 
 
@@ -99,24 +99,58 @@ def test_groups_do_not_get_into_each_others_way_and_memory_can_be_given_back() -
     interpreted(jobs.another_thread_of_calls, 2)
 
 
+def test_nothing_stays_of_a_group_that_is_over() -> None:
+    interpreted(endings.groups_that_are_over, 2)
+
+
+def test_check_and_close_find_the_memory_by_any_name_of_the_device() -> None:
+    for *kinds, said in interpreted(endings.another_name_of_the_device, 2, 0.5):
+        assert kinds == ["CollectiveTimeout"] * 4
+        assert "no fused call has been made" in said
+
+
 @pytest.mark.parametrize("kind", ["operation", "shape", "activation", "dtype", "size", "at first"])
 def test_different_calls_are_noticed_on_all_ranks(kind: str) -> None:
-    for first, later in interpreted(jobs.different_calls, 3, kind):
+    for first, later in interpreted(endings.different_calls, 3, kind):
         assert first[0] == "CollectiveMismatch"
         assert later[0] == "CollectiveMismatch" or kind == "at first"
         assert first[2] < 15
 
 
 def test_a_rank_that_does_not_come_is_named_on_all_ranks() -> None:
-    for kind, said, _ in interpreted(jobs.a_rank_that_does_not_come, 3, 0.5):
+    for kind, said, _ in interpreted(endings.a_rank_that_does_not_come, 3, 0.5):
         assert kind == "CollectiveTimeout"
         assert said.startswith("rank 1 has not come to all_gather_matmul of [24, 8] x [8, 8]")
+
+
+# After the entry of a reduction: the others come that far meanwhile, or give up.
+ENTRY = "        enter(signals, rank, epoch, call, world)\n    owner ="
+STOP = """
+
+def _stop():
+    import torch.distributed as dist
+
+    store = dist.distributed_c10d._get_default_store()
+    store.set("entered", "")
+    store.wait(["given up"])
+
+
+_stop.__triton_builtin__ = True
+"""
+
+
+def test_a_rank_that_has_given_up_hands_no_wrong_sums_to_one_that_comes_late() -> None:
+    source = KERNEL.read_text()
+    assert source.count(ENTRY) == 1
+    stopped = source.replace(ENTRY, ENTRY.replace("\n", "\n        _stop()\n", 1)) + STOP
+    for kind, said, _ in interpreted(endings.a_rank_that_is_late_for_others, 2, stopped, 0.5):
+        assert kind == "CollectiveTimeout", said
 
 
 def test_a_rank_that_dies_is_named_on_the_others(runtime_dir: Path, eventually: Callable[..., None]) -> None:
     world = 3
     processes = [
-        _spawn.Process(target=jobs.die_or_report, args=(rank, world, str(runtime_dir))) for rank in range(world)
+        _spawn.Process(target=endings.go_or_report, args=(rank, world, str(runtime_dir))) for rank in range(world)
     ]
     for process in processes:
         process.start()
@@ -130,6 +164,50 @@ def test_a_rank_that_dies_is_named_on_the_others(runtime_dir: Path, eventually: 
         eventually(lambda: all(one.exists() for one in said), "the others get an error", 25)
         assert time.monotonic() - killed < 20  # less than the timeout: death is noticed, not waited out
         assert all(one.read_text().startswith(f"PeerGone: rank {world - 1} is gone") for one in said)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+# Before a shard goes to rank 0, of three: rank 2 has it already, and is done.
+BEFORE_CHUNK = "            if peer == 0:\n                _stop()\n"
+STOP_UNTIL_ENDED = """
+
+def _stop():
+    import os, pathlib, time
+
+    end = time.monotonic() + 60
+    path = pathlib.Path(os.environ["RESILIENT_RUNTIME_DIR"], "ended")
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+_stop.__triton_builtin__ = True
+"""
+
+
+def test_a_rank_that_exits_after_its_last_call_does_not_fail_that_call_for_others(
+    runtime_dir: Path, eventually: Callable[..., None]
+) -> None:
+    source = KERNEL.read_text()
+    assert source.count(CHUNK) == 1
+    stopped = source.replace(CHUNK, BEFORE_CHUNK + CHUNK) + STOP_UNTIL_ENDED
+    processes = [
+        _spawn.Process(target=endings.go_or_report, args=(rank, 3, str(runtime_dir), stopped)) for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        processes[2].join(60)
+        assert processes[2].exitcode == 0
+        (runtime_dir / "ended").touch()
+        said = [runtime_dir / f"rank {rank}" for rank in range(2)]
+        eventually(lambda: all(one.exists() for one in said), "the others have made another call", 25)
+        for one in said:
+            second, first = one.read_text().splitlines()
+            assert first == "first: no error"
+            assert second.startswith("PeerGone: rank 2 is gone")
     finally:
         for process in processes:
             process.kill()

@@ -46,13 +46,36 @@ def test_who_does_not_come_is_named(name: str, part: str) -> None:
     assert part in said[0]
 
 
-def test_different_sizes_are_noticed_on_all_ranks() -> None:
-    said = run(jobs.together, 2, jobs.different_sizes)
+def test_ranks_meet_before_anything_is_done_on_a_device() -> None:
+    said = run(jobs.together, 2, jobs.late, "opening", "cuda")
+    assert said[0].startswith("CollectiveTimeout: rank 1 has not opened symmetric memory 'test' within 0.2 s")
+
+
+def test_what_one_rank_cannot_open_fails_on_all_and_leaves_nothing_open() -> None:
+    here, there = run(jobs.together, 2, jobs.one_cannot_open)
+    assert [line.split(":")[0] for line in there.splitlines()] == ["OverBudget"] * 3
+    assert [line.split(":")[0] for line in here.splitlines()] == ["CollectiveFailed"] * 3
+    assert here.count("rank 1 cannot open") == 3
+    assert "raise the limit" in here
+
+
+def test_memory_that_cannot_be_mapped_leaves_no_descriptor_open() -> None:
+    run(jobs.no_address_space, 1)
+
+
+def test_what_a_forked_process_lets_go_of_its_parent_keeps() -> None:
+    run(jobs.together, 2, jobs.a_fork_lets_go)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_different_sizes_are_noticed_on_all_ranks(device: str) -> None:
+    said = run(jobs.together, 2, jobs.different_sizes, device)
     assert all(one.startswith("CollectiveMismatch") and "4096" in one and "8192" in one for one in said)
 
 
-def test_nothing_stays_open() -> None:
-    for found in run(jobs.together, 2, jobs.open_descriptors):
+@pytest.mark.parametrize("closed", [True, False])
+def test_nothing_stays_open(closed: bool) -> None:
+    for found in run(jobs.together, 2, jobs.open_descriptors, closed):
         assert found[-1] == found[1]
 
 
@@ -79,6 +102,29 @@ def test_a_death_ends_the_wait_of_others_and_leaves_nothing_behind(
             process.kill()
             process.join()
     assert not [name for name in set(os.listdir("/dev/shm")) - before if "resilient-dying" in name]
+
+
+def test_who_exits_in_order_is_missed_only_by_who_waits_for_it(tmp_path: Path, eventually: Callable[..., None]) -> None:
+    world = 3
+    started = [
+        _spawn.Process(target=jobs.finish_without_one, args=(rank, world, str(tmp_path))) for rank in range(world)
+    ]
+    for process in started:
+        process.start()
+    try:
+        started[0].join(60)
+        assert started[0].exitcode == 0
+        (tmp_path / "rank 0 has ended").touch()
+        said = [tmp_path / f"rank {rank}" for rank in (1, 2)]
+        eventually(lambda: all(one.exists() for one in said), "the others have gone on", 30)
+        for one in said:
+            first, second = one.read_text().splitlines()
+            assert first == "signalled"
+            assert second.startswith("PeerGone: rank 0 is gone")
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
 
 
 def test_another_file_under_the_same_number_is_not_taken_for_a_ranks_memory() -> None:
