@@ -358,9 +358,9 @@ def as_the_default_group() -> None:
 def stripes_of_subgroups() -> None:
     """Ranks that have made different numbers of stripes before meet all the same."""
     rank = dist.get_rank()
-    pair, whole = dist.new_group([0, 1]), dist.group.WORLD
+    pair: Any = dist.new_group([0, 1])
     made = [backend.stripe(pair, timeout=timedelta(seconds=30))] if rank < 2 else []
-    made.append(backend.stripe(whole, timeout=timedelta(seconds=30)))
+    made.append(backend.stripe(timeout=timedelta(seconds=30)))
     for striped in made:
         tensor = torch.ones(LARGE)
         striped.all_reduce(tensor).wait()
