@@ -62,6 +62,14 @@ def test_a_lane_is_helped_when_it_is_late_by_its_plan() -> None:
     assert help_late(0, [done, None, late], 1.0) == 2
 
 
+def test_a_lane_that_has_moved_nothing_is_helped_though_nothing_was_planned() -> None:
+    """What a dead lane had, which waits for it to come back, or for another that is there again."""
+    stuck = Queue()
+    stuck.put(chunks(5), 0.0)
+    assert help_late(0, [Queue(), stuck], 1.0) == 1
+    assert help_late(0, [Queue(), stuck], 0.01) is None  # it may just be opening
+
+
 def test_help_takes_the_last_chunk_and_leaves_the_plan_as_it_was() -> None:
     done, late = busy(2, 2, planned_s=1.0, now=1.0), busy(10, 1, planned_s=1.0, now=1.0)
     last = late.waiting[-1]
