@@ -24,7 +24,7 @@ from resilient.errors import CollectiveFailed, UsageError
 
 _SEGMENT_BYTES = 1 << 22
 _MOST_SEGMENTS = (
-    4  # of an all-reduce, under way at once: while one adds up, or stays in its leaf, another uses the links
+    1  # of an all-reduce under way at once: steps of several would not find the links that they are planned for
 )
 _COUNTED_BITS = 34  # of an operation's number: messages between two ranks
 
@@ -42,7 +42,7 @@ class Striped:
         self._fabric = fabric
         self._worker = Worker(f"collectives-{lanes.rank}")
         self._finisher = Worker(f"messages-{lanes.rank}")
-        self._helpers = ThreadPoolExecutor(_MOST_SEGMENTS - 1, f"collectives-{lanes.rank}")
+        self._helpers = ThreadPoolExecutor(max(1, _MOST_SEGMENTS - 1), f"collectives-{lanes.rank}")
         self._count = 0
         self._messages: dict[tuple[int, int, int], int] = {}  # by source, target, tag
         self._lock = threading.Lock()
