@@ -5,7 +5,6 @@ copy of the same tensors, an O_DIRECT read, of as many bytes. A restore verifies
 copy between two flat buffers in huge pages takes, which no restore into tensors can reach, is shown beside it.
 """
 
-import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -25,10 +24,12 @@ CHUNK_BYTES = 16 << 20
 def write(*, folder: str, size_bytes: int, times: int) -> dict[str, float]:
     """Median seconds of a FileStore's write from shared memory, and of the limit, in turns. In a process of its own."""
     from bench.limits import DEPTHS, filled_buffer, raw_write
+    from resilient.checkpoint.agent.memory import Memory
     from resilient.checkpoint.levels.files import FileStore
 
     source = filled_buffer(size_bytes)
-    image = _memory_file(source)
+    image = Memory(size_bytes, "bench").view  # where the agent has its images
+    image[:] = source[:]
     store, path = FileStore(f"{folder}/store"), Path(folder) / "limit"
     ours: list[float] = []
     limits: dict[int, list[float]] = {depth: [] for depth in DEPTHS}
@@ -106,19 +107,8 @@ def evict(folder: Path) -> None:
                 os.close(file)
 
 
-def _memory_file(source: mmap.mmap) -> mmap.mmap:
-    """The same bytes in shared memory, where the agent has its images."""
-    file = os.memfd_create("image")
-    os.truncate(file, len(source))
-    image = mmap.mmap(file, len(source))
-    os.close(file)
-    image[:] = source[:]
-    return image
-
-
-def _chunks(image: mmap.mmap) -> Iterator[memoryview]:
-    view = memoryview(image)
-    return (view[start : start + CHUNK_BYTES] for start in range(0, len(view), CHUNK_BYTES))
+def _chunks(image: memoryview) -> Iterator[memoryview]:
+    return (image[start : start + CHUNK_BYTES] for start in range(0, len(image), CHUNK_BYTES))
 
 
 def run(settings: Settings) -> list[Report]:

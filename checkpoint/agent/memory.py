@@ -1,8 +1,10 @@
 """Anonymous shared memory that the agent owns and trainers map: one memory file for each slot.
 
-The file is sealed against resizing, so that no trainer can take pages away from under the agent. First touch of a page
-is slow, so `prefault` walks over new memory in the background. Freed by dropping the last reference: a mapping cannot
-be closed while a reader or a stuck writer still looks at it.
+In huge pages where they are to be had (`huge_pages.py`). Else the file is sealed against resizing, so that no trainer
+can take pages away from under the agent; in huge pages one that means to can, and ends the agent by it, which it may do
+by a signal as well: they are of one user. First touch of a page is slow, so `prefault` walks over new memory in the
+background. Freed by dropping the last reference: a mapping cannot be closed while a reader or a stuck writer still
+looks at it.
 """
 
 import ctypes
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from resilient.checkpoint.agent.huge_pages import HUGE_BYTES, huge_file
 from resilient.errors import OverBudget
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -55,15 +58,12 @@ class Memory:
 
     def __init__(self, capacity: int, name: str) -> None:
         """Blocks only shortly: pages come later. Raises OverBudget when the system has no room for it."""
-        try:
-            self.fd = os.memfd_create(f"resilient-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            raise OverBudget(
-                f"the system gives no memory file ({error.strerror}); raise its limit of open files"
-            ) from error
+        self.fd, sealed = _memory_file(capacity, name)
         try:
             os.ftruncate(self.fd, capacity)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            if sealed:
+                seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
             mapping = mmap.mmap(self.fd, capacity)
         except OSError as error:
             os.close(self.fd)
@@ -89,6 +89,19 @@ class Memory:
             os.close(self.fd)
             self.fd = -1
         self.view = memoryview(b"")
+
+
+def _memory_file(capacity: int, name: str) -> tuple[int, bool]:
+    """An empty file in memory, and whether it can be sealed."""
+    file = huge_file(f"resilient-{name}") if capacity >= HUGE_BYTES else None
+    if file is not None:
+        return file, False
+    try:
+        return os.memfd_create(f"resilient-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), True
+    except OSError as error:
+        raise OverBudget(
+            f"the system gives no memory file ({error.strerror}); raise its limit of open files"
+        ) from error
 
 
 def private_memory(nbytes: int) -> memoryview:

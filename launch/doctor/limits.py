@@ -6,6 +6,7 @@ import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+from resilient.checkpoint.agent.huge_pages import huge_file
 from resilient.checkpoint.agent.memory import Memory, available_bytes
 from resilient.errors import OverBudget
 from resilient.launch.cli.output import size_text
@@ -24,6 +25,7 @@ class Limits:
     available_bytes: int
     memory_limit: str
     memory_file_error: str
+    huge_pages: bool
     locked_bytes: int | None
     has_gpu: bool
     descriptors: int | None
@@ -80,8 +82,14 @@ def decide_memory(wanted: int | None, limits: Limits) -> Finding:
 
 
 def decide_memory_files(limits: Limits) -> Finding:
+    if not limits.memory_file_error and limits.huge_pages:
+        return ok("shared memory", "images get huge pages; the size of /dev/shm does not matter")
     if not limits.memory_file_error:
-        return ok("shared memory", "the system gives memory files (memfd); the size of /dev/shm does not matter")
+        return ok(
+            "shared memory",
+            "images get small pages, so copies to and from them are slower; the size of /dev/shm does not matter. For "
+            "huge pages allow user namespaces, or: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        )
     return fail(
         "shared memory",
         f"no memory file can be made: {limits.memory_file_error}",
@@ -132,6 +140,7 @@ def measure() -> Limits:
         available_bytes=left,
         memory_limit=which,
         memory_file_error=_try_memory_file(),
+        huge_pages=_try_huge_pages(),
         locked_bytes=_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
         has_gpu=any(re.fullmatch(r"nvidia\d+|kfd", name) for name in os.listdir("/dev")),
         descriptors=soft,
@@ -176,6 +185,15 @@ def _try_memory_file() -> str:
     except OverBudget as error:
         return str(error)
     return ""
+
+
+def _try_huge_pages() -> bool:
+    file = huge_file("doctor")
+    if file is not None:
+        os.close(file)
+        return True
+    advised = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    return advised.is_file() and any(f"[{word}]" in advised.read_text() for word in ("always", "advise", "force"))
 
 
 def _limit(number: int) -> int | None:

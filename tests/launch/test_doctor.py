@@ -22,6 +22,7 @@ ROOMY = Limits(
     available_bytes=100 * GIB,
     memory_limit="",
     memory_file_error="",
+    huge_pages=True,
     locked_bytes=None,
     has_gpu=False,
     descriptors=None,
@@ -100,6 +101,14 @@ def test_memory_is_compared_for_all_ranks_of_the_node_with_their_parity() -> Non
     assert limits.decide_memory(question(GIB, 40, parity="2+1").wanted_bytes(), ROOMY).verdict is Verdict.FAIL  # 126
     assert limits.decide_memory(question(None, 8, memory_budget="13 GiB").wanted_bytes(), ROOMY).verdict is Verdict.FAIL
     assert "--image-bytes" in limits.decide_memory(question(None).wanted_bytes(), ROOMY).what
+
+
+def test_small_pages_are_well_but_said_with_what_would_change_them() -> None:
+    assert limits.decide_memory_files(ROOMY).what.startswith("images get huge pages")
+    small = limits.decide_memory_files(replace(ROOMY, huge_pages=False))
+    assert small.verdict is Verdict.OK
+    assert "shmem_enabled" in small.what
+    assert limits.decide_memory_files(replace(ROOMY, memory_file_error="no")).verdict is Verdict.FAIL
 
 
 def test_the_least_limit_of_our_control_groups_counts(tmp_path: Path) -> None:

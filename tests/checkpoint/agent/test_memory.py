@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from resilient.checkpoint.agent.huge_pages import HUGE_BYTES, huge_file
 from resilient.checkpoint.agent.memory import (
     PAGE_BYTES,
     Memory,
@@ -39,6 +40,21 @@ def test_nobody_can_take_pages_away_or_write_through_the_descriptor_for_readers(
         mmap.mmap(reading, CAPACITY)
     with mmap.mmap(reading, CAPACITY, prot=mmap.PROT_READ) as view:
         assert view[:1] == b"\0"
+    os.close(reading)
+    memory.drop()
+
+
+def test_large_memory_is_in_huge_pages_where_the_kernel_gives_them_and_reads_the_same() -> None:
+    memory = Memory(2 * HUGE_BYTES + PAGE_BYTES, "test")
+    memory.view[HUGE_BYTES] = 7
+    made = 2 * HUGE_BYTES + PAGE_BYTES - memory.missing_bytes()
+    assert made == (HUGE_BYTES if huge_file("probe") is not None else PAGE_BYTES)
+    prefault(memory.view, lambda: False)
+    assert memory.missing_bytes() == 0
+    reading = memory.read_only_fd()
+    with pytest.raises(PermissionError):
+        mmap.mmap(reading, memory.capacity)
+    assert os.pread(reading, 2, HUGE_BYTES) == b"\x07\0"
     os.close(reading)
     memory.drop()
 
