@@ -6,7 +6,6 @@ one after the other in the order in which they were called, which must be the sa
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from resilient.comms.backend.worker import Work, Worker
 from resilient.comms.collectives import choice, execute, fold, schedule
 from resilient.comms.collectives.fold import Reduction
-from resilient.comms.collectives.schedule import Region, Script
+from resilient.comms.collectives.schedule import Region
 from resilient.comms.fabric import Fabric
 from resilient.comms.flows import Flow
 from resilient.comms.lanes.engine import Lanes
@@ -23,9 +22,7 @@ from resilient.comms.lanes.messages import POINT_TO_POINT, Operation, Transfer
 from resilient.errors import CollectiveFailed, UsageError
 
 _SEGMENT_BYTES = 1 << 22
-_MOST_SEGMENTS = (
-    1  # of an all-reduce under way at once: steps of several would not find the links that they are planned for
-)
+_MOST_SEGMENTS = 4  # of a collective under way at once
 _COUNTED_BITS = 34  # of an operation's number: messages between two ranks
 
 
@@ -42,7 +39,6 @@ class Striped:
         self._fabric = fabric
         self._worker = Worker(f"collectives-{lanes.rank}")
         self._finisher = Worker(f"messages-{lanes.rank}")
-        self._helpers = ThreadPoolExecutor(max(1, _MOST_SEGMENTS - 1), f"collectives-{lanes.rank}")
         self._count = 0
         self._messages: dict[tuple[int, int, int], int] = {}  # by source, target, tag
         self._lock = threading.Lock()
@@ -52,43 +48,47 @@ class Striped:
         _check(tensor, reduction)
         flat = _flat(tensor)
         what = f"all_reduce ({reduction}) of {_said(flat)}"
-        jobs = []
-        for part in flat.tensor_split(min(_MOST_SEGMENTS, max(1, flat.nbytes // _SEGMENT_BYTES))):
-            script, _ = choice.all_reduce(self._fabric, self.rank, self._parts(part))
-            jobs.append(self._job(what, script, {"input": part, "output": part}, reduction))
-        return self._submit(what, jobs, [tensor], after=_copy_back(tensor, flat))
+        parts = []
+        for piece in flat.tensor_split(_segments(flat)):
+            script, _ = choice.all_reduce(self._fabric, self.rank, self._at(piece))
+            parts.append(execute.Part(script=script, buffers={"input": [piece], "output": [piece]}))
+        return self._submit(self._job(what, parts, reduction), [tensor], after=_copy_back(tensor, flat))
 
     def reduce_scatter(self, output: Tensor, input: Tensor, reduction: Reduction = "sum") -> Work:
         """`input` is `size` times as long as `output`, which becomes this rank's part of the reduction."""
         _check(input, reduction)
         self._fits(output, input, "reduce_scatter")
         flat, into = _flat(input), _flat(output)
-        region = Region("output", 0, into.nbytes)
-        script, _ = choice.reduce_scatter(self._fabric, self.rank, self._parts(flat), region)
+        parts = []
+        for rows, piece in zip(self._columns(flat), into.tensor_split(_segments(flat)), strict=True):
+            region = Region("output", 0, piece.nbytes)
+            script, _ = choice.reduce_scatter(self._fabric, self.rank, self._equal(piece), region)
+            parts.append(execute.Part(script=script, buffers={"input": rows, "output": [piece]}))
         what = f"reduce_scatter ({reduction}) of {_said(flat)}"
-        job = self._job(what, script, {"input": flat, "output": into}, reduction)
-        return self._submit(what, [job], [output], after=_copy_back(output, into))
+        return self._submit(self._job(what, parts, reduction), [output], after=_copy_back(output, into))
 
     def all_gather(self, output: Tensor, input: Tensor) -> Work:
         """`output`, `size` times as long as `input`, becomes all ranks' inputs end to end."""
         self._fits(input, output, "all_gather")
         flat = _flat(output)
-        script, _ = choice.all_gather(self._fabric, self.rank, self._parts(flat))
+        parts = []
+        for rows in self._columns(flat):
+            script, _ = choice.all_gather(self._fabric, self.rank, self._equal(rows[0]))
+            parts.append(execute.Part(script=script, buffers={"output": rows}))
         own = flat.tensor_split(self.size)[self.rank]
         before = partial(_copy, own, input)
         what = f"all_gather into {_said(flat)}"
-        job = self._job(what, script, {"output": flat})
-        return self._submit(what, [job], [output], before=before, after=_copy_back(output, flat))
+        return self._submit(self._job(what, parts), [output], before=before, after=_copy_back(output, flat))
 
     def broadcast(self, tensor: Tensor, root: int) -> Work:
         """`tensor` of `root`, a rank of this group, to all."""
         if not 0 <= root < self.size:
             raise UsageError(f"broadcast from rank {root}: the group has ranks 0 to {self.size - 1}")
         flat = _flat(tensor)
-        script, _ = choice.broadcast(self._fabric, self.rank, self._parts(flat), root)
+        script, _ = choice.broadcast(self._fabric, self.rank, self._at(flat), root)
         what = f"broadcast from {root} of {_said(flat)}"
-        job = self._job(what, script, {"output": flat})
-        return self._submit(what, [job], [tensor], after=_copy_back(tensor, flat))
+        parts = [execute.Part(script=script, buffers={"output": [flat]})]
+        return self._submit(self._job(what, parts), [tensor], after=_copy_back(tensor, flat))
 
     def all_to_all(self, output: Tensor, input: Tensor, received: Sequence[int] = (), sent: Sequence[int] = ()) -> Work:
         """Row blocks of `input` to all ranks: `sent[r]` rows to rank r, `received[r]` from it; empty: equal ones."""
@@ -109,9 +109,9 @@ class Striped:
         source = execute.flat_bytes(flat)[own_in : own_in + bytes_in[self.rank]]
         target = execute.flat_bytes(into)[own_out : own_out + bytes_out[self.rank]]
         what = f"all_to_all of {output.dtype}"
-        job = self._job(what, script, {"input": flat, "output": into})
+        parts = [execute.Part(script=script, buffers={"input": [flat], "output": [into]})]
         before = partial(_copy, target, source)
-        return self._submit(what, [job], [output], before=before, after=_copy_back(output, into))
+        return self._submit(self._job(what, parts), [output], before=before, after=_copy_back(output, into))
 
     def send(self, tensor: Tensor, target: int, tag: int = 0) -> Work:
         """To one rank. In no order with collectives; messages of one tag between two ranks keep theirs."""
@@ -169,55 +169,51 @@ class Striped:
         self._worker.close()
         self.lanes.close()
         self._finisher.close()
-        self._helpers.shutdown(wait=False)
 
-    def _job(
-        self, what: str, script: Script, buffers: dict[str, Tensor], reduction: Reduction | None = None
-    ) -> execute.Job:
+    def _job(self, what: str, parts: Sequence[execute.Part], reduction: Reduction | None = None) -> execute.Job:
         self._count += 1
         return execute.Job(
-            operation=Operation(self._count, f"{what}, {script.name}"),
+            operation=Operation(self._count, f"{what}, {parts[0].script.name}"),
             rank=self.rank,
-            script=script,
-            buffers=buffers,
-            item=buffers["output"].itemsize,
+            parts=parts,
+            dtype=parts[0].buffers["output"][0].dtype,
             fold=None if reduction is None else partial(_fold, reduction, self.size),
         )
 
     def _submit(
         self,
-        what: str,
-        jobs: Sequence[execute.Job],
+        job: execute.Job,
         result: list[Tensor],
         *,
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> Work:
-        def alike(call: Callable[[], None]) -> None:
+        def alike(call: Callable[[], None] | None) -> None:
             try:
-                call()
+                if call is not None:
+                    call()
             except Exception as error:
-                self.lanes.abort(f"{what}: {error}")  # nothing where the lanes have failed before
+                self.lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before
                 raise
 
         def call() -> None:
-            if before is not None:
-                alike(before)
-            runs = [partial(alike, partial(execute.run, self.lanes, job)) for job in jobs]
-            others = [self._helpers.submit(run) for run in runs[1:]]
-            try:
-                runs[0]()
-            finally:
-                wait(others)  # buffers are in use until then
-            for other in others:
-                other.result()
-            if after is not None:
-                alike(after)
+            alike(before)
+            execute.run(self.lanes, job)
+            alike(after)
 
         return self._worker.submit(call, result)
 
-    def _parts(self, flat: Tensor) -> tuple[int, ...]:
+    def _at(self, flat: Tensor) -> tuple[int, ...]:
         return tuple(schedule.parts(flat.nbytes, self.size, flat.itemsize))
+
+    def _equal(self, piece: Tensor) -> tuple[int, ...]:
+        """Where all ranks' parts begin that are as long as this one, and end."""
+        return tuple(piece.nbytes * rank for rank in range(self.size + 1))
+
+    def _columns(self, flat: Tensor) -> list[list[Tensor]]:
+        """The segments of a tensor that has a part for each rank: each is a piece of every part."""
+        rows = [part.tensor_split(_segments(flat)) for part in flat.tensor_split(self.size)]
+        return [list(column) for column in zip(*rows, strict=True)]
 
     def _fits(self, part: Tensor, whole: Tensor, what: str) -> None:
         if part.numel() * self.size != whole.numel() or part.dtype != whole.dtype:
@@ -234,6 +230,10 @@ class Striped:
         if rows % self.size:
             raise UsageError(f"all_to_all: {name} has {rows} rows, which {self.size} ranks cannot share equally")
         return [rows // self.size] * self.size
+
+
+def _segments(flat: Tensor) -> int:
+    return min(_MOST_SEGMENTS, max(1, flat.nbytes // _SEGMENT_BYTES))
 
 
 def _check(tensor: Tensor, reduction: Reduction) -> None:

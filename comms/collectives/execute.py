@@ -1,24 +1,29 @@
-"""Carries out a script over lanes: each step is planned for the rates of the moment, posted, waited for, folded.
+"""Carries out scripts over lanes: each step is planned for the rates of the moment, posted, waited for, folded.
 
-Runs on the group's own worker thread. Any failure has to be told to all ranks (`Lanes.abort`), which then fail alike:
-half a collective cannot be repeated by one of them.
+Several scripts, each of a part of the tensor, are under way at once, in the order of `order.py`. Runs on the group's
+own worker thread. What fails is told to all ranks, which then fail alike: half a collective cannot be repeated by one
+of them.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
 
+from resilient.comms.collectives.order import merged
 from resilient.comms.collectives.schedule import Region, Script, Turn
 from resilient.comms.fabric import Fabric, Link
 from resilient.comms.flows import Flow, Step
 from resilient.comms.lanes.messages import Operation, Piece, Receive, Send, Transfer
+from resilient.comms.lanes.spans import Spans
 from resilient.comms.plan import plan_step
 
 Fold = Callable[[torch.Tensor, Sequence[torch.Tensor], bool], None]
+_Buffers = Mapping[str, Sequence[torch.Tensor]]  # by name: bytes, end to end
 _LEAST_CUT = 1 << 16  # bytes: flows below are not cut, a piece costs more than it wins
 
 
@@ -36,33 +41,75 @@ class Lanes(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One collective of one rank. `buffers`: flat, contiguous tensors in the main memory, by the script's names.
+class Part:
+    """A part of a collective. `buffers`, by the script's names: flat, contiguous tensors in the main memory, which make
+    one buffer end to end."""
 
-    `fold` is given None where nothing is reduced.
-    """
+    script: Script
+    buffers: Mapping[str, Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One collective of one rank. `fold` is None where nothing is reduced."""
 
     operation: Operation
     rank: int
-    script: Script
-    buffers: Mapping[str, torch.Tensor]
-    item: int
+    parts: Sequence[Part]
+    dtype: torch.dtype
     fold: Fold | None = None
 
 
 def run(lanes: Lanes, job: Job) -> None:
     """Blocks until this rank's part is done; each step for no longer than the lanes' timeout.
 
-    Raises CollectiveFailed or CollectiveMismatch, on all ranks alike, as the lanes do.
+    Raises CollectiveFailed or CollectiveMismatch, on all ranks alike, as the lanes do. Buffers are free then, too.
     """
-    buffers = {name: flat_bytes(tensor) for name, tensor in job.buffers.items()}
-    buffers["spare"] = torch.empty(job.script.spare, dtype=torch.uint8)
-    views = {name: _view(tensor) for name, tensor in buffers.items()}
-    for tag, turn in enumerate(job.script.turns):
-        transfer = _post(lanes, job, turn, tag, views)
+    posted: list[Transfer] = []
+    try:
+        going = [_Going(lanes, job, number, posted) for number in range(len(job.parts))]
+        for number in merged(lanes.fabric, [part.script for part in job.parts]):
+            going[number].go_on()
+        for part in going:
+            part.settle()
+    except BaseException as error:
+        lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before
+        raise
+    finally:
+        for transfer in posted:
+            transfer.settle()
+
+
+class _Going:
+    """A part that is under way: which turn is next, and what is still to be done for the one before it."""
+
+    def __init__(self, lanes: Lanes, job: Job, number: int, posted: list[Transfer]) -> None:
+        self._lanes, self._job, self._number, self._posted = lanes, job, number, posted
+        part = job.parts[number]
+        self._turns = iter(enumerate(part.script.turns))
+        self._buffers = {name: [flat_bytes(one) for one in tensors] for name, tensors in part.buffers.items()}
+        self._buffers["spare"] = [torch.empty(part.script.spare, dtype=torch.uint8)]
+        self._pending: tuple[Turn, Transfer | None] | None = None
+
+    def go_on(self) -> None:
+        """Begin the next turn, as soon as the one before it is done."""
+        self.settle()
+        turn, content = next(self._turns)
+        tag = turn * len(self._job.parts) + self._number
+        transfer = _post(self._lanes, self._job, content, tag, self._buffers)
+        self._pending = content, transfer
+        if transfer is not None:
+            self._posted.append(transfer)
+
+    def settle(self) -> None:
+        """Wait for the turn that is under way, and add up."""
+        if self._pending is None:
+            return
+        turn, transfer = self._pending
+        self._pending = None
         if transfer is not None:
             transfer.wait()
-        _fold(job, turn, buffers)
+        _fold(self._job, turn, self._buffers)
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,22 +117,38 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _view(data: torch.Tensor) -> memoryview:
-    array: Any = data.numpy()  # an ndarray has the buffer protocol, which type checkers learn from Python 3.12 on
-    return memoryview(array)
+def _whole(data: torch.Tensor) -> Spans:
+    return _spans({"": [flat_bytes(data)]}, Region("", 0, data.nbytes))
 
 
-def _post(lanes: Lanes, job: Job, turn: Turn, tag: int, views: Mapping[str, memoryview]) -> Transfer | None:
-    sends, receives = [], []
-    planned = _planned(lanes.fabric, turn.flows, job.item, job.rank)
-    for number, pieces in planned.pieces.items():
-        view = _part(views, turn.sends[number])
-        if len(view):
-            sends.append(Send(turn.flows[number].target, tag, view, pieces))
-    for number, region in turn.receives.items():
-        view = _part(views, region)
-        if len(view):
-            receives.append(Receive(turn.flows[number].source, tag, view))
+def _spans(buffers: _Buffers, region: Region) -> Spans:
+    # An ndarray has the buffer protocol, which type checkers learn from Python 3.12 on.
+    arrays: list[Any] = [part.numpy() for part in _within(buffers[region.buffer], region.begin, region.end)]
+    return Spans(*[memoryview(array) for array in arrays])
+
+
+def _within(tensors: Sequence[torch.Tensor], begin: int, end: int) -> list[torch.Tensor]:
+    """Bytes `begin` to `end` of tensors of bytes that lie end to end."""
+    found, at = [], 0
+    for tensor in tensors:
+        if begin < at + len(tensor) and at < end:
+            found.append(tensor[max(begin - at, 0) : end - at])
+        at += len(tensor)
+    return found
+
+
+def _post(lanes: Lanes, job: Job, turn: Turn, tag: int, buffers: _Buffers) -> Transfer | None:
+    planned = _planned(lanes.fabric, turn.flows, job.dtype.itemsize, job.rank)
+    sends = [
+        Send(turn.flows[number].target, tag, _spans(buffers, turn.sends[number]), pieces)
+        for number, pieces in planned.pieces.items()
+        if turn.sends[number].nbytes
+    ]
+    receives = [
+        Receive(turn.flows[number].source, tag, _spans(buffers, region))
+        for number, region in turn.receives.items()
+        if region.nbytes
+    ]
     operation = replace(job.operation, expected_s=planned.busy_s)
     return lanes.post(operation, sends, receives) if sends or receives else None
 
@@ -93,13 +156,13 @@ def _post(lanes: Lanes, job: Job, turn: Turn, tag: int, views: Mapping[str, memo
 def send(lanes: Lanes, operation: Operation, flow: Flow, tag: int, data: torch.Tensor) -> Transfer:
     """One message, cut and placed as if it were alone. Does not block."""
     planned = _planned(lanes.fabric, (flow,), data.itemsize, flow.source)
-    out = Send(flow.target, tag, _view(flat_bytes(data)), planned.pieces[0])
+    out = Send(flow.target, tag, _whole(data), planned.pieces[0])
     return lanes.post(replace(operation, expected_s=planned.busy_s), [out], [])
 
 
 def receive(lanes: Lanes, operation: Operation, source: int, tag: int, data: torch.Tensor) -> Transfer:
     """The same at its other end."""
-    return lanes.post(operation, [], [Receive(source, tag, _view(flat_bytes(data)))])
+    return lanes.post(operation, [], [Receive(source, tag, _whole(data))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,16 +197,12 @@ def _planned(fabric: Fabric, flows: Step, item: int, rank: int) -> _Planned:
     return _Planned({number: tuple(pieces) for number, pieces in found.items()}, busy_s)
 
 
-def _part(views: Mapping[str, memoryview], region: Region) -> memoryview:
-    return views[region.buffer][region.begin : region.end]
-
-
-def _fold(job: Job, turn: Turn, buffers: Mapping[str, torch.Tensor]) -> None:
+def _fold(job: Job, turn: Turn, buffers: _Buffers) -> None:
     if job.fold is None:
         return
-    dtype = job.buffers["output"].dtype
     for fold in turn.folds:
-        into, *parts = (
-            buffers[region.buffer][region.begin : region.end].view(dtype) for region in (fold.into, *fold.parts)
-        )
-        job.fold(into, parts, fold.last)
+        rows = [_within(buffers[one.buffer], one.begin, one.end) for one in (fold.into, *fold.parts)]
+        cuts = sorted({0, *(end for row in rows for end in accumulate(map(len, row)))})
+        for begin, end in pairwise(cuts):  # each row lies together from one to the next
+            into, *parts = [_within(row, begin, end)[0].view(job.dtype) for row in rows]
+            job.fold(into, parts, fold.last)

@@ -29,7 +29,7 @@ _MOST_ANNOUNCED = 4096
 class On:
     """What the engine does. `place` and `take` as for `Connection.read`; `rates` of the paths to a rank; `fingerprint`
     of an operation; `opened` and `broken` a connection; `not_opened` a lane; `empty`: a rank's process has ended;
-    `arrived`: the peer has a chunk."""
+    `arrived`: the peer has a chunk, see `Peer`."""
 
     place: Callable[[Connection, Header], memoryview | None]
     take: Callable[[Connection, Header, bytes], None]
@@ -39,7 +39,7 @@ class On:
     broken: Callable[[Connection, Exception], None]
     not_opened: Callable[[Lane, Exception], None]
     empty: Callable[[int], None]
-    arrived: Callable[[Lane, Chunk], None]
+    arrived: Callable[[Lane, Chunk, float], None]
     tick: Callable[[float], None]
     crashed: Callable[[BaseException], None]
     ended: Callable[[], None]

@@ -26,7 +26,7 @@ from resilient.comms.lanes.sending import Lane
 from resilient.comms.lanes.status import StatusFile
 from resilient.comms.lanes.wire import Header, Kind, frame, heard, said
 from resilient.comms.lanes.wiring import Wiring
-from resilient.comms.lanes.works import Work, Works
+from resilient.comms.lanes.works import Measured, Work, Works
 
 _ASK_S = 1.0  # how often a peer that keeps us waiting is asked whether it is there
 _SILENT_S = 3.0  # a peer that has not answered for so long, at the end of the timeout, is gone
@@ -53,7 +53,7 @@ class Lanes:
         self._rates = Rates(self.rank, fabric)
         self._fabric = fabric
         self._receiver = Receiver()
-        self._works = Works()
+        self._works, self._measured = Works(), Measured()
         self._verdict = Verdict()
         self._fingerprints: dict[Name, str] = {}
         self._told: dict[Name, dict[int, str]] = defaultdict(dict)  # fingerprints of operations that are still to come
@@ -158,10 +158,11 @@ class Lanes:
 
     def _send(self, work: Work, send: Send) -> None:
         peer, operation = self._connections.peer(send.target), work.operation
-        for path, chunks in cut(work, operation.number, send.tag, send.view, send.pieces):
+        for path, chunks in cut(work, operation.number, send.tag, send.content, send.pieces):
             if chunks:
                 work.left += len(chunks)
-                work.plan(send.target, path, sum(len(chunk.view) for chunk in chunks))
+                factor = self._rates.factor(self._leaf(send.target), path)
+                work.plan(send.target, path, sum(len(chunk.view) for chunk in chunks), factor)
                 peer.put(path, chunks, time.monotonic(), operation.expected_s.get(path, 0.0))
         self._connections.feed(peer)
 
@@ -170,21 +171,20 @@ class Lanes:
             self._measure(work)
             work.transfer.finish()
 
-    def _arrived(self, lane: Lane, chunk: Chunk) -> None:
+    def _arrived(self, lane: Lane, chunk: Chunk, free: float) -> None:
         work = chunk.owner
         assert isinstance(work, Work)
-        work.arrived(lane.peer, lane.path, len(chunk.view), time.monotonic())
+        work.arrived(lane.peer, lane.path, len(chunk.view), since=free, now=time.monotonic())
         self._one_less(work)
 
     def _measure(self, work: Work) -> None:
         """What the lanes took, beside what the plan meant them to."""
         for peer, busy_s, expected_s in work.measured():
-            leaf = self._leaf(peer)
-            if leaf == self._leaf(self.rank):
-                continue
-            report = self._rates.observe(leaf, busy_s, expected_s)
-            if report is not None:
-                self._tell(report)
+            if self._leaf(peer) != self._leaf(self.rank):
+                self._measured.add(self._leaf(peer), busy_s, expected_s)
+        found = self._measured.told()
+        for report in self._rates.observe(*found) if found is not None else ():
+            self._tell(report)
 
     def _tell(self, report: dict[str, Any]) -> None:
         """Rates have changed."""

@@ -1,10 +1,11 @@
 """What is asked of lanes, and what comes back: sends, receives, the operation that they belong to, a transfer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
+from resilient.comms.lanes.spans import Spans
 from resilient.errors import (
     CollectiveFailed,
     CollectiveMismatch,
@@ -42,21 +43,22 @@ def name(operation: int, tag: int) -> Name:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """All of `view` (contiguous bytes) to `target`. `pieces` cover it, in order, each on a path."""
+    """All of `content` to `target`. `pieces` cover it, in order, each on a path."""
 
     target: int
     tag: int
-    view: memoryview
+    content: Spans
     pieces: Sequence[Piece]
 
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """Fill `view` (contiguous, writable bytes) with what `source` sends under this tag of the same operation."""
+    """Fill `into` (writable) with what `source` sends under this tag of the same operation. It need not be cut as the
+    sender's content is, though what is not has to be copied."""
 
     source: int
     tag: int
-    view: memoryview
+    into: Spans
 
 
 class Transfer:
@@ -78,6 +80,10 @@ class Transfer:
             if self._future.done():
                 raise
             raise TimeoutError(f"the transfer is not done after {timeout_s} s") from None
+
+    def settle(self) -> None:
+        """Blocks until it is done or has failed; raises nothing."""
+        wait([self._future])
 
     def add_done_callback(self, call: Callable[[], None]) -> None:
         """Called once, from the thread of the lanes (at once where it is done): must not wait for anything."""

@@ -1,6 +1,6 @@
 """How quick paths have been, and what that makes of the fabric: pure.
 
-After an operation each sender knows how long each of its lanes was busy, and how long the plan meant it to be. The
+Each sender knows how long each of its lanes was busy, and how long it would have been at its nominal rate. The
 quotient, beside that of the quickest path, says how slow a path is, whatever the unit of the fabric's rates. Two bad
 ones in a row count (one may be a busy processor). A path that is nearly as quick as it should be is left as it was:
 other shares would only cut flows more often. Every rank gets everybody's reports, in any order.
@@ -15,9 +15,12 @@ from resilient.comms.fabric import Fabric
 
 NEAR = 0.7  # of the nominal rate: above it a path is as good as it should be
 LEAST = 0.02
+LONG_S = 0.1  # what took less is not found slow: a busy machine takes some hundredths of a second of anything
 RETURNED = 0.25  # what a lane that was dead is taken for at first
 _LATELY = 8  # operations
 _SAME = 0.15
+
+Way = tuple[int, int]  # a path to a leaf: leaf, path
 
 
 class Rates:
@@ -27,27 +30,31 @@ class Rates:
         self._rank = rank
         self._nominal = fabric
         self._best: deque[float] = deque(maxlen=_LATELY)
-        self._last: dict[tuple[int, int], float] = {}  # a single bad observation, by (leaf, path)
+        self._last: dict[Way, float] = {}  # a single bad observation
         self._factors: dict[tuple[int, int, int], tuple[int, float]] = {}  # (rank, leaf, path) -> (sequence, factor)
         self._sequence = 0
 
-    def observe(self, leaf: int, busy_s: Mapping[int, float], expected_s: Mapping[int, float]) -> dict[str, Any] | None:
-        """How long paths to a leaf were busy, and should have been by what is known of them. A report if that is news.
+    def observe(self, busy_s: Mapping[Way, float], expected_s: Mapping[Way, float]) -> list[dict[str, Any]]:
+        """How long paths were busy, and should have been at nominal rates. A report for each leaf of which that is news.
 
-        The quickest path of the operation is the measure of the others; of one alone, the quickest lately.
+        The quickest path is the measure of the others; of one alone, the quickest lately.
         """
-        known = {path: self.factor(leaf, path) for path in busy_s if expected_s.get(path)}
-        speeds = {path: factor * expected_s[path] / busy_s[path] for path, factor in known.items() if factor}
+        usable = [way for way in busy_s if expected_s.get(way) and self.factor(*way)]
+        speeds = {way: expected_s[way] / busy_s[way] for way in usable}
         if not speeds:
-            return None
+            return []
         self._best.append(max(speeds.values()))
         best = max(speeds.values()) if len(speeds) > 1 else max(self._best)
-        found = {path: max(LEAST, speed / best) for path, speed in speeds.items()}
-        found = {path: 1.0 if factor > NEAR else factor for path, factor in found.items()}
-        news = {path: factor for path, factor in found.items() if self._settled((leaf, path), factor)}
-        return self.report(leaf, news) if news else None
+        news: dict[int, dict[int, float]] = {}
+        for (leaf, path), speed in speeds.items():
+            found = max(LEAST, speed / best)
+            found = 1.0 if found > NEAR else found
+            slower = found < self.factor(leaf, path)
+            if not (slower and busy_s[leaf, path] < LONG_S) and self._settled((leaf, path), found):
+                news.setdefault(leaf, {})[path] = found
+        return [self.report(leaf, factors) for leaf, factors in news.items()]
 
-    def _settled(self, key: tuple[int, int], found: float) -> bool:
+    def _settled(self, key: Way, found: float) -> bool:
         """Whether to believe it: what is near to what is known is no news; else the second one in a row counts."""
         before = self.factor(*key)
         if abs(found - before) <= _SAME * max(found, before):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from resilient.comms.lanes.connection import Connection
 from resilient.comms.lanes.messages import POINT_TO_POINT, Receive
+from resilient.comms.lanes.spans import Spans
 from resilient.comms.lanes.wire import Header
 
 MOST_EARLY = 1 << 26  # bytes
@@ -20,7 +21,7 @@ Key = tuple[int, int, int]  # operation, source, tag
 
 @dataclass(slots=True)
 class _Posted:
-    view: memoryview
+    into: Spans
     done: Callable[[], None]
     got: set[int] = field(default_factory=set)
     left: int = 0
@@ -36,7 +37,7 @@ class Receiver:
     def __init__(self) -> None:
         self._posted: dict[Key, _Posted] = {}
         self._early: dict[Key, dict[int, bytearray]] = {}
-        self._coming: dict[Connection, bytearray] = {}  # chunks that nobody waited for when they began to come
+        self._coming: dict[Connection, bytearray] = {}  # chunks that had no place when they began to come
         self._early_bytes = 0
         self._posts = 0
         self._whole: OrderedDict[Key, None] = OrderedDict()
@@ -51,7 +52,7 @@ class Receiver:
         if self._posts % _REMEMBERED == 0:
             self._forget_strays(operation)
         key = (operation, receive.source, receive.tag)
-        posted = self._posted[key] = _Posted(receive.view, done, left=len(receive.view))
+        posted = self._posted[key] = _Posted(receive.into, done, left=len(receive.into))
         for offset, content in self._early.pop(key, {}).items():
             self._early_bytes -= len(content)
             self._copy(key, posted, offset, content)
@@ -65,14 +66,19 @@ class Receiver:
         if posted is not None:
             _inside(posted, header.offset, header.length)
             if header.offset not in posted.got:
-                return posted.view[header.offset : header.offset + header.length]
+                lying = posted.into.lies(header.offset, header.offset + header.length)
+                return lying if lying is not None else self._aside(connection, header)
         elif key not in self._whole and header.offset not in self._early.get(key, {}):
             if header.operation < POINT_TO_POINT and self._early_bytes + header.length > MOST_EARLY:
                 return None
-            self._coming[connection] = bytearray(header.length)
-            self._early_bytes += header.length
-            return memoryview(self._coming[connection])
+            return self._aside(connection, header)
         return memoryview(bytearray(header.length))  # it is here already
+
+    def _aside(self, connection: Connection, header: Header) -> memoryview:
+        """What has no place of its own, or several, is kept until it is whole."""
+        self._coming[connection] = bytearray(header.length)
+        self._early_bytes += header.length
+        return memoryview(self._coming[connection])
 
     def arrived(self, connection: Connection, header: Header, others: list[Connection]) -> None:
         """A chunk is whole. `others`: connections of the same peer, which may be about to write into its message."""
@@ -117,7 +123,7 @@ class Receiver:
 
     def _copy(self, key: Key, posted: _Posted, offset: int, content: bytearray) -> None:
         _inside(posted, offset, len(content))
-        posted.view[offset : offset + len(content)] = content
+        posted.into.fill(offset, content)
         self._note(key, posted, offset, len(content))
 
     def _note(self, key: Key, posted: _Posted, offset: int, length: int) -> None:
@@ -135,5 +141,5 @@ class Receiver:
 
 
 def _inside(posted: _Posted, offset: int, length: int) -> None:
-    if offset + length > len(posted.view):
-        raise TooLong(f"bytes {offset} to {offset + length} of {len(posted.view)}")
+    if offset + length > len(posted.into):
+        raise TooLong(f"bytes {offset} to {offset + length} of {len(posted.into)}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from resilient.comms.lanes.messages import Piece
+from resilient.comms.lanes.spans import Spans
 
 CHUNK_BYTES = 1 << 18
 LEAST_CHUNK = 1 << 15
@@ -17,6 +18,7 @@ _OF_A_PIECE = 8  # chunks: what others can take from it when it is late
 LATE = 1.4  # times what the plan meant, beside the lane that is done
 UNPLANNED = 2.0  # times as long as it has taken so far, where there is no plan
 LATE_S = 0.03  # less is not worth it
+MOMENT_S = 0.05  # what a busy machine may take of anything: so much of its time does not make a lane slow
 _GUESS = 1e6  # bytes a second of a lane that has not moved anything yet: slow, so that it is helped
 
 
@@ -36,7 +38,7 @@ class Queue:
     """What one lane still has to send, and what of it has not been acknowledged yet.
 
     `moved` bytes since it `began`, when it was last empty; `planned_s`: how long the plan meant it to take; `took_s`:
-    how long it did take, once it has only been helping others.
+    how long it did take, once it has only been helping others. `free`: since when it could serve the oldest chunk.
     """
 
     waiting: deque[Chunk] = field(default_factory=deque)
@@ -45,6 +47,7 @@ class Queue:
     moved: int = 0
     planned_s: float = 0.0
     took_s: float = 0.0
+    free: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -84,6 +87,7 @@ class Queue:
             return None
         chunk = self.flying.popleft()
         self.moved += len(chunk.view)
+        self.free = now
         if self.idle and not self.took_s:
             self.took_s = now - self.began
         return chunk
@@ -91,7 +95,7 @@ class Queue:
     def late(self, beside: "Queue", now: float) -> float:
         """Seconds that it still needs, if those are too many beside what another took for its share; else 0."""
         so_far = now - self.began
-        left_s = self.left / self.rate(now) if self.moved else so_far
+        left_s = self.left / self.moved * max(0.0, so_far - MOMENT_S) if self.moved else so_far
         if self.planned_s and beside.planned_s and beside.took_s:
             allowed_s = LATE * self.planned_s * beside.took_s / beside.planned_s
         else:
@@ -107,15 +111,19 @@ class Queue:
 
 
 def cut(
-    owner: object, operation: int, tag: int, view: memoryview, pieces: Sequence[Piece]
+    owner: object, operation: int, tag: int, content: Spans, pieces: Sequence[Piece]
 ) -> list[tuple[int, list[Chunk]]]:
-    """The chunks of each piece, with its path: equal ones of at most CHUNK_BYTES."""
+    """The chunks of each piece, with its path: equal ones of at most CHUNK_BYTES, cut again where memory is."""
     found = []
     for path, begin, end in pieces:
         size = min(CHUNK_BYTES, max(LEAST_CHUNK, (end - begin) // _OF_A_PIECE))
         count = -(-(end - begin) // size)
         at = [begin + (end - begin) * number // count for number in range(count + 1)] if count else []
-        found.append((path, [Chunk(owner, operation, tag, one, view[one:other]) for one, other in pairwise(at)]))
+        chunks, offset = [], begin
+        for view in [view for one, other in pairwise(at) for view in content.within(one, other)]:
+            chunks.append(Chunk(owner, operation, tag, offset, view))
+            offset += len(view)
+        found.append((path, chunks))
     return found
 
 

@@ -50,7 +50,8 @@ class Lane:
 class Peer:
     """All lanes to one peer, over paths of `rates`, in bytes a second. Owned by the lanes' thread.
 
-    `open_lane` starts opening one, in the background.
+    `open_lane` starts opening one, in the background. `arrived`: the peer has a chunk, which the lane was free for from
+    the time given on.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Peer:
         rank: int,
         rates: Sequence[float],
         open_lane: Callable[[int, int], None],
-        arrived: Callable[[Lane, Chunk], None],
+        arrived: Callable[[Lane, Chunk, float], None],
     ) -> None:
         self.rank = rank
         self._rates = rates
@@ -81,7 +82,7 @@ class Peer:
     def opened(self, path: int, connection: Connection, now: float) -> Lane:
         lane = self.lanes[path]
         lane.connection, lane.state, lane.moved_at, lane.retry_s = connection, State.OPEN, now, FIRST_RETRY_S
-        lane.queue.began = now
+        lane.queue.began = lane.queue.free = now
         lane.window = first(self._rates[path])
         apply(connection.sock, lane.window)
         return lane
@@ -118,10 +119,10 @@ class Peer:
         """`count` chunks more have arrived."""
         lane.moved_at = now
         for _ in range(count):
-            chunk = lane.queue.arrived(now)
+            free, chunk = lane.queue.free, lane.queue.arrived(now)
             if chunk is not None:
                 lane.bytes += len(chunk.view)
-                self._arrived(lane, chunk)
+                self._arrived(lane, chunk, free)
 
     def left(self, last: int) -> None:
         """The peer has gone, and says that it had all that operations up to `last` were to bring it.
@@ -131,7 +132,7 @@ class Peer:
         for lane in self.lanes:
             for chunk in lane.queue.empty():
                 if chunk.operation <= last or chunk.operation >= POINT_TO_POINT:
-                    self._arrived(lane, chunk)
+                    self._arrived(lane, chunk, lane.queue.free)
                 else:
                     lane.queue.waiting.append(chunk)
 

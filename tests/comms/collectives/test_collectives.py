@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -55,9 +56,8 @@ class Rank:
         job = execute.Job(
             operation=operation,
             rank=self.rank,
-            script=script,
-            buffers=buffers,
-            item=item,
+            parts=[execute.Part(script=script, buffers={name: [tensor] for name, tensor in buffers.items()})],
+            dtype=buffers["output"].dtype,
             fold=None if reduction is None else folded,
         )
         execute.run(self.lanes, job)
@@ -189,6 +189,66 @@ def test_what_one_rank_cannot_do_fails_on_all() -> None:
     assert len(texts) == 2
     assert len(set(texts)) == 1
     assert "rank 1 (host1) has aborted" in texts[0]
+
+
+# -- several parts at once ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("leaf_of", [(0, 1), (0, 1, 2), (0, 0, 1, 1), (0, 1, 0, 1)], ids=str)
+def test_large_tensors_go_in_parts_and_come_out_whole(leaf_of: tuple[int, ...], dtype: torch.dtype) -> None:
+    size = len(leaf_of)
+    count = ((9 << 20) // dtype.itemsize // size + 5) * size  # no part is as long as another
+    rows = [values(rank, count, dtype, 1) for rank in range(size)]
+    wanted = torch.stack([row.double() for row in rows]).sum(0)
+    tolerance = 4 * size * torch.finfo(dtype).eps
+
+    def body(lanes: Lanes) -> None:
+        striped = Striped(lanes, lanes.fabric)
+        own = slice(lanes.rank * count // size, (lanes.rank + 1) * count // size)
+        for _ in range(2):
+            whole, part, gathered = rows[lanes.rank].clone(), torch.empty(count // size, dtype=dtype), rows[0].clone()
+            works = [
+                striped.all_reduce(whole),
+                striped.reduce_scatter(part, rows[lanes.rank]),
+                striped.all_gather(gathered, rows[1][own]),
+            ]
+            for work in works:
+                work.wait()
+            torch.testing.assert_close(whole.double(), wanted, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(part.double(), wanted[own], rtol=tolerance, atol=tolerance)
+            assert torch.equal(gathered, rows[1])
+        striped.close()
+
+    with group(size, timeout_s=60, leaf_of=leaf_of) as lanes:
+        on_all([partial(body, one) for one in lanes])
+
+
+def test_a_failure_ends_all_parts_on_all_ranks_and_buffers_are_their_owners_again(eventually: Any) -> None:
+    """Rank 2 never comes, so the others have parts under way when it says that it cannot."""
+    texts: list[str] = []
+
+    def body(striped: Striped) -> None:
+        if striped.rank == 2:
+            eventually(lambda: all(one.report()["operations"] for one in every[:2]), "the others have begun")
+            striped.abort("it has had enough")
+        else:
+            tensor = torch.ones(4 << 20)
+            with pytest.raises(CollectiveFailed) as caught:
+                striped.all_reduce(tensor).wait()
+            texts.append(str(caught.value))
+            tensor.fill_(7)
+            with pytest.raises(CollectiveFailed):
+                striped.all_reduce(tensor).wait()
+            assert bool((tensor == 7).all())
+
+    with group(3, timeout_s=60) as every:
+        striped = [Striped(one, one.fabric) for one in every]
+        on_all([partial(body, one) for one in striped])
+        on_all([one.close for one in striped])
+    assert len(texts) == 2
+    assert len(set(texts)) == 1
+    assert "rank 2 (host2) has aborted: it has had enough" in texts[0]
 
 
 # -- the choice --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from resilient.comms.fabric import multi_plane
 from resilient.comms.lanes.engine import Lanes
 from resilient.comms.lanes.messages import Operation, Receive, Send, Transfer
 from resilient.comms.lanes.opening import open_lanes
+from resilient.comms.lanes.spans import Spans
 from resilient.comms.lanes.wiring import Address, Planes, Way, Wiring
 
 RATE = 1e8
@@ -41,11 +43,19 @@ def on_all(calls: Sequence[Callable[[], T]], deadline_s: float = 60.0) -> list[T
 
 @contextlib.contextmanager
 def group(
-    size: int, paths: int = 2, *, timeout_s: float = 20.0, wirings: Sequence[Wiring] | None = None, name: str = "g"
+    size: int,
+    paths: int = 2,
+    *,
+    timeout_s: float = 20.0,
+    wirings: Sequence[Wiring] | None = None,
+    name: str = "g",
+    leaf_of: Sequence[int] = (),
 ) -> Iterator[list[Lanes]]:
-    """The lanes of ranks 0 to size - 1."""
+    """The lanes of ranks 0 to size - 1. `leaf_of`: if not each on its own."""
     store = dist.HashStore()
     fabric = multi_plane(hosts=size, rates=[RATE] * paths)
+    if leaf_of:
+        fabric = replace(fabric, leaf_of=tuple(leaf_of))
 
     def opened(rank: int) -> Lanes:
         wiring = wirings[rank] if wirings is not None else planes(rank, paths)
@@ -69,13 +79,13 @@ def even(nbytes: int, paths: int) -> list[tuple[int, int, int]]:
 def send(
     lanes: Lanes, number: int, target: int, content: bytes, *, paths: int, what: str = "send", tag: int = 0
 ) -> Transfer:
-    out = Send(target, tag, memoryview(content), even(len(content), paths))
+    out = Send(target, tag, Spans(memoryview(content)), even(len(content), paths))
     expected = dict.fromkeys(range(paths), len(content) / paths / RATE)
     return lanes.post(Operation(number, what, expected), [out], [])
 
 
 def receive(lanes: Lanes, number: int, source: int, into: bytearray, *, what: str = "send", tag: int = 0) -> Transfer:
-    return lanes.post(Operation(number, what), [], [Receive(source, tag, memoryview(into))])
+    return lanes.post(Operation(number, what), [], [Receive(source, tag, Spans(memoryview(into)))])
 
 
 class Relay:

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from resilient.comms.fabric import leaf_spine, multi_plane
 from resilient.comms.lanes.failing import SETTLE_S, Awaited, Verdict, blame, gone
-from resilient.comms.lanes.messages import Failure
+from resilient.comms.lanes.messages import Failure, Operation, Transfer
 from resilient.comms.lanes.rates import Rates, rates_between
 from resilient.comms.lanes.schedule import CHUNK_BYTES, Chunk, Queue, cut, help_late, spread
+from resilient.comms.lanes.spans import Spans
 from resilient.comms.lanes.window import LEAST as LEAST_WINDOW
 from resilient.comms.lanes.window import MOST, MOST_AT_FIRST, Seen, first, resized
+from resilient.comms.lanes.works import Measured, Work
 
 # -- chunks ------------------------------------------------------------------------------
 
@@ -22,7 +24,7 @@ def test_chunks_cover_the_pieces_in_order_and_none_is_large(sizes: list[int]) ->
     view = memoryview(bytes(sum(sizes)))
     begins = [sum(sizes[:number]) for number in range(len(sizes))]
     pieces = [(path, begin, begin + size) for path, (begin, size) in enumerate(zip(begins, sizes, strict=True))]
-    made = cut(None, 1, 0, view, pieces)
+    made = cut(None, 1, 0, Spans(view), pieces)
     assert [path for path, _ in made] == list(range(len(sizes)))
     for (_, begin, end), (_, chunks) in zip(pieces, made, strict=True):
         at = begin
@@ -31,6 +33,31 @@ def test_chunks_cover_the_pieces_in_order_and_none_is_large(sizes: list[int]) ->
             assert 0 < len(chunk.view) <= CHUNK_BYTES
             at += len(chunk.view)
         assert at == end
+
+
+@given(st.lists(st.integers(0, 300_000), min_size=1, max_size=5), st.integers(0, 1_000_000))
+def test_chunks_lie_together_though_the_message_does_not(sizes: list[int], seed: int) -> None:
+    content = random.Random(seed).randbytes(sum(sizes))
+    views = [memoryview(bytes(content[sum(sizes[:number]) : sum(sizes[: number + 1])])) for number in range(len(sizes))]
+    middle = sum(sizes) // 3
+    made = cut(None, 1, 0, Spans(*views), [(0, 0, middle), (1, middle, sum(sizes))])
+    assert b"".join(chunk.view for _, some in made for chunk in some) == content
+    at = 0
+    for chunk in [chunk for _, some in made for chunk in some]:
+        assert chunk.offset == at
+        at += len(chunk.view)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.data())
+def test_what_is_written_into_spans_is_what_stands_there(sizes: list[int], data: st.DataObject) -> None:
+    whole = Spans(*[memoryview(bytearray(size)) for size in sizes])
+    begin = data.draw(st.integers(0, len(whole)))
+    content = data.draw(st.binary(max_size=len(whole) - begin))
+    whole.fill(begin, content)
+    end = begin + len(content)
+    assert b"".join(whole.within(0, len(whole))) == bytes(begin) + content + bytes(len(whole) - end)
+    together = whole.lies(begin, end)
+    assert together is None or together == content
 
 
 def chunks(count: int, size: int = 1000) -> list[Chunk]:
@@ -70,6 +97,12 @@ def test_a_lane_that_has_moved_nothing_is_helped_though_nothing_was_planned() ->
     assert help_late(0, [Queue(), stuck], 0.01) is None  # it may just be opening
 
 
+def test_a_moment_of_a_busy_machine_does_not_make_a_lane_late() -> None:
+    done = busy(10, 10, planned_s=0.3, now=0.3)
+    assert help_late(0, [done, busy(10, 1, planned_s=0.3, now=0.07)], 0.07) is None  # 0.04 would do
+    assert help_late(0, [done, busy(10, 2, planned_s=0.3, now=0.24)], 0.24) == 1
+
+
 def test_help_takes_the_last_chunk_and_leaves_the_plan_as_it_was() -> None:
     done, late = busy(2, 2, planned_s=1.0, now=1.0), busy(10, 1, planned_s=1.0, now=1.0)
     last = late.waiting[-1]
@@ -98,13 +131,62 @@ def test_all_chunks_of_a_dead_lane_go_somewhere_and_where_they_are_done_first(
     assert max(taken) <= (min(ends) + 1000 / slowest) * (1 + 1e-9)
 
 
+def served(queue: Queue, work: Work, count: int, now: float) -> None:
+    """The lane of path 0 sends `count` chunks, which arrive at `now`."""
+    for _ in range(count):
+        assert queue.next() is not None
+        free, chunk = queue.free, queue.arrived(now)
+        assert chunk is not None
+        work.arrived(1, 0, len(chunk.view), since=free, now=now)
+
+
+def test_an_operation_that_waited_behind_another_is_not_taken_for_slow() -> None:
+    """A second for each; the first is posted at 0, the other at 0.5, and the third when the lane has been idle."""
+    queue, works = Queue(), []
+    for number, (posted, ends) in enumerate([(0.0, (0.5, 1.0)), (0.5, (1.5, 2.0)), (7.0, (7.5, 8.0))]):
+        work = Work(Operation(number, "x", {0: 1.0}), Transfer(), posted, 30.0)
+        work.plan(1, 0, 100_000, 1.0)
+        works.append((work, ends))
+    for work, ends in works:
+        queue.put(chunks(2, 50_000), work.began)
+        for end in ends:
+            served(queue, work, 1, end)
+    assert [list(work.measured()) for work, _ in works] == [[(1, {0: 1.0}, {0: 1.0})]] * 3
+
+
+def test_what_was_planned_before_a_path_was_known_to_be_slow_does_not_make_it_slower() -> None:
+    """Operations that were under way when it was found out, at a quarter of the rate: the factor of then counts."""
+    for factor, planned_s in ((1.0, 1.0), (0.25, 4.0)):
+        work = Work(Operation(1, "x", {0: planned_s}), Transfer(), 0.0, 30.0)
+        work.plan(1, 0, 100_000, factor)
+        work.arrived(1, 0, 100_000, since=0.0, now=4.0)
+        assert list(work.measured()) == [(1, {0: 4.0}, {0: 1.0})]
+
+
+def test_lanes_are_measured_for_a_while_so_that_a_moment_of_a_busy_machine_is_not_taken_for_a_slow_path() -> None:
+    measured = Measured()
+    measured.add(1, {0: 0.04, 1: 0.08}, {0: 0.04, 1: 0.04})
+    measured.add(2, {0: 0.05}, {0: 0.05})
+    assert measured.told() is None
+    measured.add(1, {0: 0.04, 1: 0.04}, {0: 0.04, 1: 0.04})
+    busy = {(1, 0): pytest.approx(0.08), (1, 1): pytest.approx(0.12), (2, 0): 0.05}
+    assert measured.told() == (busy, {(1, 0): 0.08, (1, 1): 0.08, (2, 0): 0.05})
+    measured.add(1, {0: 0.04}, {0: 0.04})  # from the beginning
+    assert measured.told() is None
+
+
 # -- rates -------------------------------------------------------------------------------
+
+
+def to(leaf: int, of: dict[int, float]) -> dict[tuple[int, int], float]:
+    """By path: of paths to that leaf."""
+    return {(leaf, path): value for path, value in of.items()}
 
 
 def observed(rates: Rates, busy_s: dict[int, float], times: int = 2) -> None:
     """Operations that were planned for the rates as they are known, so that all paths should end together."""
     for _ in range(times):
-        rates.observe(1, busy_s, dict.fromkeys(busy_s, 1.0))
+        rates.observe(to(1, busy_s), to(1, {path: rates.factor(1, path) for path in busy_s}))
 
 
 def test_a_slow_path_is_believed_the_second_time_and_a_good_one_is_left_alone() -> None:
@@ -113,14 +195,30 @@ def test_a_slow_path_is_believed_the_second_time_and_a_good_one_is_left_alone() 
     even = dict.fromkeys(range(4), 1.0)
     observed(rates, {0: 1.0, 1: 1.1, 2: 1.2, 3: 4.0}, times=1)
     assert rates.fabric() == fabric
-    report = rates.observe(1, {0: 1.0, 1: 1.1, 2: 1.2, 3: 4.0}, even)
-    assert report is not None
+    (report,) = rates.observe(to(1, {0: 1.0, 1: 1.1, 2: 1.2, 3: 4.0}), to(1, even))
     assert rates.fabric().up[0] == (100.0, 100.0, 100.0, 25.0)
     assert rates.fabric().up[1] == (100.0,) * 4
     other = Rates(1, fabric)
     assert other.merge(report)
     assert not other.merge(report)
     assert other.fabric() == rates.fabric()
+
+
+def test_what_took_a_moment_is_not_found_slow_but_may_be_found_quick() -> None:
+    rates = Rates(0, multi_plane(hosts=2, rates=[100.0] * 2))
+    for _ in range(4):
+        assert rates.observe(to(1, {0: 0.2, 1: 0.08}), to(1, {0: 0.2, 1: 0.02})) == []
+    rates.report(1, {1: 0.25})
+    for _ in range(2):
+        rates.observe(to(1, {0: 0.2, 1: 0.08}), to(1, {0: 0.2, 1: 0.08}))
+    assert rates.factor(1, 1) == 1.0
+
+
+def test_when_everything_is_slow_no_path_is() -> None:
+    """One path to each of two leaves: a machine that is busy now is not compared with what it was before."""
+    rates = Rates(0, leaf_spine(leaves=3, spines=2, hosts=1, rate=100.0))
+    for busy in (1.0, 1.0, 2.0, 2.0, 2.0):
+        assert rates.observe({(1, 0): busy, (2, 1): 1.1 * busy}, {(1, 0): 1.0, (2, 1): 1.0}) == []
 
 
 def test_a_path_that_recovers_is_used_again() -> None:

@@ -5,6 +5,7 @@ import random
 import socket
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from resilient.comms.fabric import multi_plane
 from resilient.comms.lanes.engine import Lanes
 from resilient.comms.lanes.messages import Operation, Receive, Send, Transfer
 from resilient.comms.lanes.opening import open_lanes
+from resilient.comms.lanes.spans import Spans
 from resilient.comms.lanes.wiring import Planes, Spines
 from resilient.errors import CollectiveFailed, CollectiveMismatch, UsageError
-from tests.comms.lanes.loopback import address, even, group, on_all, planes, receive, send
+from tests.comms.lanes.loopback import Relayed, address, even, group, on_all, planes, receive, send
 
 SIZES = [0, 1, 17, 1 << 18, (1 << 20) + 3, 5 << 20]
 
@@ -40,8 +42,8 @@ def test_all_send_to_all_at_once_again_and_again() -> None:
         others = [other for other in range(size) if other != lanes.rank]
         for number in range(1, 6):
             into = {other: bytearray(nbytes) for other in others}
-            sends = [Send(o, 0, memoryview(whole[lanes.rank, o]), even(nbytes, paths)) for o in others]
-            receives = [Receive(o, 0, memoryview(into[o])) for o in others]
+            sends = [Send(o, 0, Spans(memoryview(whole[lanes.rank, o])), even(nbytes, paths)) for o in others]
+            receives = [Receive(o, 0, Spans(memoryview(into[o]))) for o in others]
             lanes.post(Operation(number, "all"), sends, receives).wait(20)
             assert all(into[other] == whole[other, lanes.rank] for other in others)
 
@@ -91,13 +93,53 @@ def test_the_sender_decides_which_path_each_byte_takes() -> None:
     content, into = bytes(4 << 20), bytearray(4 << 20)
     with group(2, 4) as (one, other):
         pieces = [(3, 0, 3 << 20), (1, 3 << 20, 4 << 20)]
-        sent = one.post(Operation(1, "x", {3: 3.0, 1: 1.0}), [Send(1, 0, memoryview(content), pieces)], [])
+        sent = one.post(Operation(1, "x", {3: 3.0, 1: 1.0}), [Send(1, 0, Spans(memoryview(content)), pieces)], [])
         receive(other, 1, 0, into, what="x").wait(20)
         sent.wait(20)
         carried = {lane["path"]: lane["bytes"] for lane in one.report()["lanes"]}
     assert carried[0] == carried[2] == 0
     assert carried[3] + carried[1] == 4 << 20
     assert carried[3] >= 2 << 20  # on a busy machine a lane may seem late, and be helped
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_messages_need_not_lie_together_nor_be_cut_alike_at_both_ends(early: bool) -> None:
+    content = random.Random(3).randbytes(3_000_000)
+    out = [memoryview(content[begin:end]) for begin, end in pairwise([0, 1_000_001, 1_000_002, 2_400_000, 3_000_000])]
+    into = [bytearray(size) for size in (700_003, 1_300_000, 999_997)]
+    pieces = [(0, 0, 1_234_567), (1, 1_234_567, 3_000_000)]
+    with group(2) as (one, other):
+
+        def sent() -> Transfer:
+            return one.post(Operation(1, "x"), [Send(1, 0, Spans(*out), pieces)], [])
+
+        def received() -> Transfer:
+            return other.post(Operation(1, "x"), [], [Receive(0, 0, Spans(*[memoryview(part) for part in into]))])
+
+        for transfer in [sent(), received()] if early else [received(), sent()]:
+            transfer.wait(20)
+    assert b"".join(into) == content
+
+
+def test_lanes_that_serve_several_operations_are_not_taken_for_slow() -> None:
+    """Small messages over both lanes stand behind large ones that one of the lanes has."""
+    wiring, rate = Relayed(0, 2), 1e7
+
+    def exchanged(one: Lanes, other: Lanes, number: int, pieces: list[tuple[int, int, int]]) -> list[Transfer]:
+        content = bytes(pieces[-1][2])
+        expected = {path: (end - begin) / rate for path, begin, end in pieces}
+        sent = one.post(Operation(number, "x", expected), [Send(1, 0, Spans(memoryview(content)), pieces)], [])
+        return [sent, receive(other, number, 0, bytearray(len(content)), what="x")]
+
+    with group(2, 2, wirings=[wiring, planes(1, 2)]) as (one, other):
+        for turn in range(6):
+            large = exchanged(one, other, 2 * turn + 1, [(0, 0, 1_600_000)])
+            small = exchanged(one, other, 2 * turn + 2, even(800_000, 2))
+            for transfer in [*large, *small]:
+                transfer.wait(30)
+            for relay in (*wiring.on(0), *wiring.on(1)):  # now they are there
+                relay.rate = rate
+        assert [lane["factor"] for lane in one.report()["lanes"]] == [1.0, 1.0]
 
 
 def failed(transfers: list[Transfer], kind: type[Exception]) -> list[str]:
