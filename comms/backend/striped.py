@@ -62,7 +62,7 @@ class Striped:
         parts = []
         for rows, piece in zip(self._columns(flat), into.tensor_split(_segments(flat)), strict=True):
             region = Region("output", 0, piece.nbytes)
-            script, _ = choice.reduce_scatter(self._fabric, self.rank, self._equal(piece), region)
+            script, _ = choice.reduce_scatter(self._fabric, self.rank, self._equal(piece.nbytes), region)
             parts.append(execute.Part(script=script, buffers={"input": rows, "output": [piece]}))
         what = f"reduce_scatter ({reduction}) of {_said(flat)}"
         return self._submit(self._job(what, parts, reduction), [output], after=_copy_back(output, into))
@@ -73,7 +73,9 @@ class Striped:
         flat = _flat(output)
         parts = []
         for rows in self._columns(flat):
-            script, _ = choice.all_gather(self._fabric, self.rank, self._equal(rows[0]))
+            script, _ = choice.all_gather(
+                self._fabric, self.rank, self._equal(sum(one.nbytes for one in rows) // self.size)
+            )
             parts.append(execute.Part(script=script, buffers={"output": rows}))
         own = flat.tensor_split(self.size)[self.rank]
         before = partial(_copy, own, input)
@@ -206,12 +208,14 @@ class Striped:
     def _at(self, flat: Tensor) -> tuple[int, ...]:
         return tuple(schedule.parts(flat.nbytes, self.size, flat.itemsize))
 
-    def _equal(self, piece: Tensor) -> tuple[int, ...]:
-        """Where all ranks' parts begin that are as long as this one, and end."""
-        return tuple(piece.nbytes * rank for rank in range(self.size + 1))
+    def _equal(self, nbytes: int) -> tuple[int, ...]:
+        """Where the parts of all ranks begin and end that are of so many bytes."""
+        return tuple(nbytes * rank for rank in range(self.size + 1))
 
     def _columns(self, flat: Tensor) -> list[list[Tensor]]:
         """The segments of a tensor that has a part for each rank: each is a piece of every part."""
+        if _segments(flat) == 1:
+            return [[flat]]
         rows = [part.tensor_split(_segments(flat)) for part in flat.tensor_split(self.size)]
         return [list(column) for column in zip(*rows, strict=True)]
 

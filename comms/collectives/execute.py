@@ -67,37 +67,34 @@ def run(lanes: Lanes, job: Job) -> None:
     """
     posted: list[Transfer] = []
     try:
-        going = [_Going(lanes, job, number, posted) for number in range(len(job.parts))]
-        for number in merged(lanes.fabric, [part.script for part in job.parts]):
-            going[number].go_on()
+        going = [_Going(lanes, job, part, posted) for part in job.parts]
+        for tag, number in enumerate(merged(lanes.fabric, [part.script for part in job.parts])):
+            going[number].go_on(tag)
         for part in going:
             part.settle()
     except BaseException as error:
         lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before
-        raise
-    finally:
         for transfer in posted:
             transfer.settle()
+        raise
 
 
 class _Going:
     """A part that is under way: which turn is next, and what is still to be done for the one before it."""
 
-    def __init__(self, lanes: Lanes, job: Job, number: int, posted: list[Transfer]) -> None:
-        self._lanes, self._job, self._number, self._posted = lanes, job, number, posted
-        part = job.parts[number]
-        self._turns = iter(enumerate(part.script.turns))
+    def __init__(self, lanes: Lanes, job: Job, part: Part, posted: list[Transfer]) -> None:
+        self._lanes, self._job, self._posted = lanes, job, posted
+        self._turns = iter(part.script.turns)
         self._buffers = {name: [flat_bytes(one) for one in tensors] for name, tensors in part.buffers.items()}
         self._buffers["spare"] = [torch.empty(part.script.spare, dtype=torch.uint8)]
         self._pending: tuple[Turn, Transfer | None] | None = None
 
-    def go_on(self) -> None:
-        """Begin the next turn, as soon as the one before it is done."""
+    def go_on(self, tag: int) -> None:
+        """Begin the next turn, as soon as the one before it is done. `tag`: how many turns were begun before."""
         self.settle()
-        turn, content = next(self._turns)
-        tag = turn * len(self._job.parts) + self._number
-        transfer = _post(self._lanes, self._job, content, tag, self._buffers)
-        self._pending = content, transfer
+        turn = next(self._turns)
+        transfer = _post(self._lanes, self._job, turn, tag, self._buffers)
+        self._pending = turn, transfer
         if transfer is not None:
             self._posted.append(transfer)
 

@@ -21,6 +21,8 @@ def merged(fabric: Fabric, scripts: Sequence[Script]) -> list[int]:
 
     The same on all ranks of scripts that differ in the ranks' own places alone.
     """
+    if len(scripts) == 1:
+        return [0] * len(scripts[0].turns)
     keyed = [(wave, number) for number, script in enumerate(scripts) for wave in _waves(fabric, script, number)]
     return [number for _, number in sorted(keyed)]
 

@@ -15,7 +15,7 @@ from resilient.comms.fabric import Fabric
 
 NEAR = 0.7  # of the nominal rate: above it a path is as good as it should be
 LEAST = 0.02
-LONG_S = 0.1  # what took less is not found slow: a busy machine takes some hundredths of a second of anything
+LONG_S = 0.2  # what took less is not found slow: a busy machine takes a tenth of a second of anything
 RETURNED = 0.25  # what a lane that was dead is taken for at first
 _LATELY = 8  # operations
 _SAME = 0.15
@@ -35,7 +35,7 @@ class Rates:
         self._sequence = 0
 
     def observe(self, busy_s: Mapping[Way, float], expected_s: Mapping[Way, float]) -> list[dict[str, Any]]:
-        """How long paths were busy, and should have been at nominal rates. A report for each leaf of which that is news.
+        """How long paths were busy, and should have been at nominal rates. Reports of leaves where that is news.
 
         The quickest path is the measure of the others; of one alone, the quickest lately.
         """

@@ -69,6 +69,12 @@ class Queue:
         self.planned_s += planned_s
         self.waiting.extend(chunks)
 
+    def put_back(self, chunks: Iterable[Chunk], now: float) -> None:
+        """What a dead lane had. In the order in which operations were begun: a receiver that has no room takes nothing
+        of a later one while it waits for an earlier one."""
+        self.put(chunks, now)
+        self.waiting = deque(sorted(self.waiting, key=lambda chunk: (chunk.operation, chunk.tag)))
+
     def help(self, other: "Queue") -> None:
         """Take the last chunk of another that is late."""
         self.waiting.append(other.waiting.pop())

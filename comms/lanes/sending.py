@@ -77,7 +77,8 @@ class Peer:
         if lane.state is State.DEAD and (others := self._usable(lane)):
             self._share(chunks, others, now)
             return
-        self._queue(lane, chunks, now, planned_s)
+        lane.queue.put(chunks, now, planned_s)
+        self._needed(lane)
 
     def opened(self, path: int, connection: Connection, now: float) -> Lane:
         lane = self.lanes[path]
@@ -196,10 +197,10 @@ class Peer:
         targets = [lane for lane in others if lane.state is State.OPEN] or list(others)
         for lane, share in zip(targets, spread(chunks, [lane.queue for lane in targets], now), strict=True):
             if share:
-                self._queue(lane, share, now)
+                lane.queue.put_back(share, now)
+                self._needed(lane)
 
-    def _queue(self, lane: Lane, chunks: Sequence[Chunk], now: float, planned_s: float = 0.0) -> None:
-        lane.queue.put(chunks, now, planned_s)
+    def _needed(self, lane: Lane) -> None:
         if lane.state is State.CLOSED:
             self._open(lane)
 

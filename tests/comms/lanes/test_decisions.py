@@ -165,14 +165,24 @@ def test_what_was_planned_before_a_path_was_known_to_be_slow_does_not_make_it_sl
 
 def test_lanes_are_measured_for_a_while_so_that_a_moment_of_a_busy_machine_is_not_taken_for_a_slow_path() -> None:
     measured = Measured()
-    measured.add(1, {0: 0.04, 1: 0.08}, {0: 0.04, 1: 0.04})
-    measured.add(2, {0: 0.05}, {0: 0.05})
+    measured.add(1, {0: 0.08, 1: 0.16}, {0: 0.08, 1: 0.08})
+    measured.add(2, {0: 0.1}, {0: 0.1})
     assert measured.told() is None
-    measured.add(1, {0: 0.04, 1: 0.04}, {0: 0.04, 1: 0.04})
-    busy = {(1, 0): pytest.approx(0.08), (1, 1): pytest.approx(0.12), (2, 0): 0.05}
-    assert measured.told() == (busy, {(1, 0): 0.08, (1, 1): 0.08, (2, 0): 0.05})
-    measured.add(1, {0: 0.04}, {0: 0.04})  # from the beginning
+    measured.add(1, {0: 0.08, 1: 0.08}, {0: 0.08, 1: 0.08})
+    busy = {(1, 0): pytest.approx(0.16), (1, 1): pytest.approx(0.24), (2, 0): 0.1}
+    assert measured.told() == (busy, {(1, 0): 0.16, (1, 1): 0.16, (2, 0): 0.1})
+    measured.add(1, {0: 0.08}, {0: 0.08})  # from the beginning
     assert measured.told() is None
+
+
+def test_what_a_dead_lane_had_goes_before_what_was_begun_later() -> None:
+    """Or a receiver that has no room for the later one would never get what it waits for."""
+    queue = Queue()
+    view = memoryview(bytes(10))
+    begun = [Chunk(None, operation, tag, 0, view) for operation, tag in ((1, 0), (1, 2), (2, 0), (2, 1))]
+    queue.put([begun[1], begun[3]], 0.0)
+    queue.put_back([begun[0], begun[2]], 1.0)
+    assert [queue.next() for _ in begun] == begun
 
 
 # -- rates -------------------------------------------------------------------------------
