@@ -15,6 +15,8 @@ from bench.settings import Settings
 OURS = ("resilient, memory", "resilient, memory + local")
 METHODS = (*OURS, "dcp.async_save, thread", "dcp.async_save, async staging", "dcp.async_save, process")
 MOST_IMAGES = 2.1  # two images and 5 %
+_MEMORY_FILES = ("/memfd:", "/resilient-")  # of memfd_create; in the agent's own file system, which is mounted nowhere
+File = tuple[int, int]  # device and inode
 
 
 def measure(*, folder: str, method: str, shape: str, saves: int) -> dict[str, Any]:
@@ -57,15 +59,15 @@ def _rollup(pid: int) -> tuple[int, int]:
     return (kibibytes["Pss_Anon"] + kibibytes["Pss_File"]) << 10, kibibytes["Pss_Shmem"] << 10
 
 
-def _memory_files(pids: set[int]) -> dict[int, int]:
-    """{inode: bytes that it holds} of the memory files that processes have open."""
-    found: dict[int, int] = {}
+def _memory_files(pids: set[int]) -> dict[File, int]:
+    """{file: bytes that it holds} of the memory files that processes have open."""
+    found: dict[File, int] = {}
     for pid in pids:
         try:
             for link in Path(f"/proc/{pid}/fd").iterdir():
-                if os.readlink(link).startswith("/memfd:"):
+                if os.readlink(link).startswith(_MEMORY_FILES):
                     stat = link.stat()
-                    found[stat.st_ino] = stat.st_blocks * 512
+                    found[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it ended, or it is another user's
     return found
@@ -96,9 +98,14 @@ def _sharers() -> set[int]:
     return {pid for pid in _processes() if mine & set(_memory_files({pid}))} if mine else set()
 
 
-def _mapped_memory_files() -> set[int]:
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return {int(line.split()[4]) for line in lines if "/memfd:" in line}
+def _mapped_memory_files() -> set[File]:
+    found = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        _, _, _, device, inode, *name = line.split(maxsplit=5)
+        if name and name[0].startswith(_MEMORY_FILES):
+            major, minor = (int(number, 16) for number in device.split(":"))
+            found.add((os.makedev(major, minor), int(inode)))
+    return found
 
 
 def run(settings: Settings) -> list[Report]:

@@ -195,8 +195,11 @@ class Capture:
 
         job.work = copying.SharedWork(moves, progress)
         job.working.set()
-        copying.help_with_threads(job.work, self._threads)
-        job.work.wait()
+        try:
+            copying.help_with_threads(job.work, self._threads)
+            job.work.wait()
+        finally:
+            job.work.release()
         if job.given_up:
             raise SnapshotSkipped(f"step {job.step}: given up at the fence after {self._timeout_s:g} s")
         assert job.look is not None
@@ -214,6 +217,8 @@ class Capture:
             self._buffers.abort(buffer, job.step, str(error))
         except AgentLost:
             _log.debug("step %d failed while the agent was gone", job.step)
+        except Exception:  # without this thread every later save would wait for it in vain
+            _log.exception("step %d failed, and its buffer could not be given back", job.step)
 
 
 def _torn_message(step: int, names: list[str]) -> str:

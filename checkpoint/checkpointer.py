@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-import torch
 from torch.optim import Optimizer
 
 from resilient.checkpoint.board import Board
 from resilient.checkpoint.capture import Capture, Job
+from resilient.checkpoint.compiling import uncompiled
 from resilient.checkpoint.ending import Ending
 from resilient.checkpoint.events import Events
-from resilient.checkpoint.extras import Extras
+from resilient.checkpoint.extras import Captured, Extras
 from resilient.checkpoint.handle import LEVELS, Pending, SaveHandle
 from resilient.checkpoint.leaves import walk
 from resilient.checkpoint.link import AgentLink, hello_of
 from resilient.checkpoint.peering import arrange_peering
-from resilient.checkpoint.place import normal_url
+from resilient.checkpoint.place import check_apart, normal_url, others_in, whole_step
 from resilient.checkpoint.plan import Plan, make_plan
 from resilient.checkpoint.restore.restorer import Restored, Restorer
 from resilient.checkpoint.stateful import check_state
@@ -63,14 +63,16 @@ class Checkpointer:
     methods from the training thread.
 
     Raises StateError for what cannot be saved, by name; UrlInUse when another job writes to the url; PolicyError;
-    NotACheckpoint when the url is a file.
+    UsageError for what is no url; NotACheckpoint when the url is a file.
     """
 
     def __init__(self, url: str, state: Mapping[str, object], policy: Policy | None = None) -> None:
         self._policy = Policy.from_environment(policy)
         self._url = normal_url(url)
+        check_apart(self._url, self._policy.local)
+        objects = check_state(state)
         self._state = dict(state)
-        self._extras = Extras(self._state, check_state(self._state))
+        self._extras = Extras(self._state, objects)
         self._found = walk(self._state)
         self._extras.capture(self._found)  # what cannot be saved is refused here, by name, not at step 1000
         self.world = join_world()
@@ -122,34 +124,11 @@ class Checkpointer:
 
         `durable`: it goes to the durable level, whatever the policy says of this step; the same on all ranks.
         Parameters may change only after the fence, which the optimizers' `step()` passes by itself. What went wrong
-        with earlier saves, on any rank, is logged here. Raises UsageError after `close` or for a negative step, and
-        Preempted, which ends the program, when the ranks have agreed to stop here: it waits until the step is safe.
+        with earlier saves, on any rank, is logged here. Raises UsageError after `close` or for what is no step (a whole
+        number below 2^62, of any type), and Preempted, which ends the program, when the ranks have agreed to
+        stop here: it waits until the step is safe.
         """
-        began = time.perf_counter()
-        if self._closed or step < 0:
-            raise UsageError(f"save({step}): the Checkpointer is closed" if self._closed else f"save({step}): step < 0")
-        self._report()
-        self._events.saved(step)
-        due = self._levels_due(step, PREEMPT if durable else None)
-        stop = self._stopping.enter(step if due else None)
-        if stop is not None:
-            if stop.step is not None:
-                self._end(stop, None)
-            due = self._levels_due(step, PREEMPT if durable else stop.kind)
-        handle = SaveHandle(step, due)
-        if not due:
-            return handle
-        self._capture.fence()
-        plan = self._present_plan()
-        self._pending.add(handle)
-        self._capture.submit(self._job(step, due, plan))
-        self.statistics.saves += 1
-        self.statistics.call_seconds.append(time.perf_counter() - began)
-        if "durable" in due:
-            self._ending.watch(handle)
-        if stop is not None:
-            self._end(stop, handle)
-        return handle
+        return self._save(step, None, durable=durable)
 
     def request_stop(self, *, durable: bool = True) -> None:
         """Have all ranks stop after one of their next saves, as a signal of `preempt_signals` would.
@@ -179,6 +158,12 @@ class Checkpointer:
         self._renew()
         done = self.last_restore
         self._events.restored(*((done.step, done.levels, done.seconds) if done is not None else (None, {}, 0.0)))
+        if done is None and self.world.rank == 0 and (others := others_in(self._url)):
+            _log.warning(
+                "there is no snapshot in %s, which holds %s: the training begins at its beginning. A checkpoint of "
+                "another library can be brought into this format by `resilient convert`",
+                *(self._url, ", ".join(map(repr, others[:3])) + (" and more" if len(others) > 3 else "")),
+            )
         return None if done is None else done.step
 
     def newest(self) -> int | None:
@@ -222,6 +207,35 @@ class Checkpointer:
 
     # ---- parts of `save`
 
+    def _save(self, step: int, earlier: Captured | None, *, durable: bool = False) -> SaveHandle:
+        """`earlier`: objects that are saved as they were when it was captured (`protected.py`)."""
+        began = time.perf_counter()
+        step = whole_step(step)
+        if self._closed:
+            raise UsageError(f"save({step}): the Checkpointer is closed")
+        self._report()
+        self._events.saved(step)
+        due = self._levels_due(step, PREEMPT if durable else None)
+        stop = self._stopping.enter(step if due else None)
+        if stop is not None:
+            if stop.step is not None:
+                self._end(stop, None)
+            due = self._levels_due(step, PREEMPT if durable else stop.kind)
+        handle = SaveHandle(step, due)
+        if not due:
+            return handle
+        self._capture.fence()
+        plan = self._present_plan()
+        self._pending.add(handle)
+        self._capture.submit(self._job(step, due, plan, earlier))
+        self.statistics.saves += 1
+        self.statistics.call_seconds.append(time.perf_counter() - began)
+        if "durable" in due:
+            self._ending.watch(handle)
+        if stop is not None:
+            self._end(stop, handle)
+        return handle
+
     def _levels_due(self, step: int, stop: str | None) -> tuple[str, ...]:
         """As the policy says, but for parity where there are too few nodes for it; `arrange_peering` has said so.
 
@@ -234,7 +248,7 @@ class Checkpointer:
             due = tuple(one for one in LEVELS if one in due or (one in added and not absent.get(one, False)))
         return due if self._peering is not None else tuple(level for level in due if level != "parity")
 
-    def _job(self, step: int, due: tuple[str, ...], plan: Plan) -> Job:
+    def _job(self, step: int, due: tuple[str, ...], plan: Plan, earlier: Captured | None) -> Job:
         inline = plan.tensors <= _INLINE_TENSORS or bool(plan.devices)
         look = plan.look() if inline else None
         if look is not None:
@@ -248,7 +262,7 @@ class Checkpointer:
             plan=plan,
             look=look,
             samples=plan.fingerprints.take(),
-            objects=self._extras.capture(self._found).encoded,
+            objects=self._extras.capture(self._found, earlier).encoded,
             metadata={**self._metadata, "step": str(step)},
         )
 
@@ -321,6 +335,7 @@ class Checkpointer:
         """The fence before each optimizer's step and before its state is replaced. Holds this object only weakly."""
         this = weakref.ref(self)
 
+        @uncompiled
         def fence(*_: object) -> None:
             checkpointer = this()
             if checkpointer is not None:
@@ -339,47 +354,3 @@ def _leave(capture: Capture, link: AgentLink, stopping: Stopping) -> None:
     stopping.end()
     capture.close(_EXIT_S)
     link.leave()
-
-
-def protect(
-    model: torch.nn.Module,
-    optimizer: Optimizer,
-    url: str,
-    *,
-    policy: Policy | None = None,
-    **state: object,
-) -> "Protected":
-    """Restore, and save after every optimizer step by itself: the whole library in one call.
-
-    `state`: further items, by name, as for Checkpointer. `protected.step` is the number of steps done so far (0 in a
-    fresh job); end with `protected.close()`.
-    """
-    checkpointer = Checkpointer(url, {"model": model, "optimizer": optimizer, **state}, policy)
-    return Protected(checkpointer, optimizer)
-
-
-class Protected:
-    """A Checkpointer that is driven by its optimizer. Made by `protect`; a context manager."""
-
-    def __init__(self, checkpointer: Checkpointer, optimizer: Optimizer) -> None:
-        self.checkpointer = checkpointer
-        self.step = checkpointer.restore() or 0
-        self._hook = optimizer.register_step_post_hook(self._after_step)
-
-    def close(self) -> list[str]:
-        """As Checkpointer.close; the optimizer is left alone from then on."""
-        self._hook.remove()
-        return self.checkpointer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hook.remove()
-        self.checkpointer.__exit__(kind, error, trace)
-
-    def _after_step(self, *_: object) -> None:
-        self.step += 1
-        self.checkpointer.save(self.step)

@@ -118,6 +118,10 @@ class SharedWork:
             raise self._error
         return finished
 
+    def release(self) -> None:
+        """Forget who listens, after `wait`: whoever has this work to help with must not keep what they hold."""
+        self._progress = None
+
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
@@ -138,8 +142,8 @@ class SharedWork:
             self._running.remove(number)
             done = min(self._running, default=self._next)
         try:
-            if self._progress is not None:
-                self._progress(done)
+            if (progress := self._progress) is not None:
+                progress(done)
         except Exception as error:  # of whoever listens, an agent that dies say: no helper's business either
             self._fail(error)
         with self._lock:

@@ -6,7 +6,7 @@ tensor: columns of values by name, for parameters that have the same names), and
 (see `Leaves`) and `on_device` (whose tensors lay on the parameter's accelerator).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,15 @@ class Extras:
         self._state = state
         self._objects = objects
 
-    def capture(self, found: Leaves) -> Captured:
-        """Everything as it is now, with tensors of its own. On the training thread; raises StateError."""
+    def capture(self, found: Leaves, earlier: Captured | None = None) -> Captured:
+        """Everything as it is now, with tensors of its own, but for what is in `earlier`, which stays as it was.
+
+        On the training thread; raises StateError.
+        """
         value: dict[str, Any] = {}
         for item, held in self._state.items():
+            if earlier is not None and item in earlier.values.tree:
+                continue
             if isinstance(held, Provided):
                 value[item] = held.capture()
             elif isinstance(held, Optimizer):
@@ -57,9 +62,16 @@ class Extras:
                 value[item] = {name: part.get_extra_state() for name, part in found.extra[item].items()}
             elif item in self._objects:
                 value[item] = self._objects[item].capture()
-        encoded = encode(value, "state")
-        copies = {path: _copied(path, tensor) for path, tensor in encoded.tensors.items()}
-        return Captured(capture_rng(), Encoded(encoded.tree, copies))
+        now = _with_copies(value)
+        if earlier is None:
+            return Captured(capture_rng(), now)
+        joined = Encoded({**now.tree, **earlier.values.tree}, {**now.tensors, **earlier.values.tensors})
+        return Captured(earlier.rng, joined)
+
+    def capture_objects(self, late: Collection[str]) -> Captured:
+        """The random generators and the objects but for those in `late`, for a later `capture`. Raises StateError."""
+        value = {item: held.capture() for item, held in self._objects.items() if item not in late}
+        return Captured(capture_rng(), _with_copies(value))
 
     def apply(self, value: Mapping[str, Any], found: Leaves, groups: Mapping[str, list[list[str]]]) -> list[str]:
         """Give everything its saved value, RNG last. Returns notes on what could not be restored.
@@ -86,6 +98,11 @@ class Extras:
                 # for it: now, since the run that was saved drew it long ago.
                 self._objects[item].capture()
         return notes + list(restore_rng(value[_RNG]))
+
+
+def _with_copies(value: Mapping[str, Any]) -> Encoded:
+    encoded = encode(value, "state")
+    return Encoded(encoded.tree, {path: _copied(path, tensor) for path, tensor in encoded.tensors.items()})
 
 
 def _copied(path: str, tensor: Tensor) -> Tensor:

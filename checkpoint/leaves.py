@@ -191,8 +191,12 @@ def _walk(state: Mapping[str, object]) -> Leaves:
 
 def _walk_module(found: Leaves, module: nn.Module, item: str) -> None:
     _reshard(module)
+    watch = found.watch
+    parents: list[dict[str, Any]] = []
+    watch.add_value(parents, "_modules")  # deleting from a list of modules gives it another dictionary
     for prefix, part, home in modules_of(module, item):
-        watch = found.watch
+        if part._modules or isinstance(part, nn.ModuleList | nn.Sequential):
+            parents.append(part.__dict__)
         watch.add(part._modules)
         watch.add(part._parameters)
         watch.add(part._buffers)
@@ -275,7 +279,7 @@ def _add_optimizer_state(found: Leaves, key: str, tensor: Tensor, parameter: Lea
         replicas = group = ()  # a counter is the same on all ranks of the mesh; this belongs to the shard beside it
     _append(found, key, "optimizer", tensor, replicas, group, parameter=parameter.key, name=name)
     if not isinstance(tensor, DTensor):
-        return {} if tensor.is_contiguous() else {"strides": list(tensor.stride())}
+        return {} if tensor.is_contiguous() or overlaps(tensor) else {"strides": list(tensor.stride())}
     if isinstance(like, DTensor) and (tensor.placements, tensor.shape) == (like.placements, like.shape):
         return {}
     return {"placements": _placements(key, tensor, like)}
@@ -331,6 +335,17 @@ def _append(
             name=name,
         )
     )
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory with one another, so that they cannot be written each by itself."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def range_of(tensor: Tensor, at: int, numel: int) -> Tensor:

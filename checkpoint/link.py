@@ -203,6 +203,7 @@ class AgentLink:
                 f"{-(-_SLOTS * capacity * (k + m) // k)} or more"
             )
         self._unpin()
+        self._registered = None  # a plan that is refused takes the place of the one before, too
         client.register_plan(
             plan_digest=plan.digest,
             capacity=capacity,

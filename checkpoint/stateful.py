@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from resilient.checkpoint.leaves import overlaps
 from resilient.checkpoint.objects import decode, encode
 from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.refusals import type_name
@@ -197,9 +198,10 @@ def _merge(live: Any, saved: Any, used: set[int]) -> Any:
 
 def _same_sort(live: Any, saved: Any) -> bool:
     """Whether `live` can take the contents of `saved` in place and is then equal to it."""
-    for kind in (torch.Tensor, np.ndarray):
-        if isinstance(live, kind) and isinstance(saved, kind):
-            return bool(live.shape == saved.shape and live.dtype == saved.dtype)
+    if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return live.shape == saved.shape and live.dtype == saved.dtype and not overlaps(live)
+    if isinstance(live, np.ndarray) and isinstance(saved, np.ndarray):
+        return bool(live.shape == saved.shape and live.dtype == saved.dtype)
     if type(live) is not type(saved) or not isinstance(live, (dict, list, set, collections.deque)):
         return False
     return getattr(live, "maxlen", None) == getattr(saved, "maxlen", None)

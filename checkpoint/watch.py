@@ -38,6 +38,10 @@ class Watch:
         """Watch only some values of a mapping."""
         self._views.append(_Columns([container], keys))
 
+    def add_value(self, rows: Sequence[Mapping[Any, object]], key: Any) -> None:
+        """Watch one value of many mappings, whatever else comes into them."""
+        self._views.append(_Column(rows, key))
+
     def add_columns(self, rows: Sequence[Mapping[Any, object]], keys: Sequence[Any]) -> None:
         """Watch some values of many mappings that have the same keys."""
         self._views.append(_Columns(rows, keys))
@@ -63,3 +67,12 @@ class _Columns:
         columns: list[Iterable[object]] = [map(len, self.rows)]
         columns += [map(itemgetter(key), self.rows) for key in self.keys]
         return chain.from_iterable(columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    rows: Sequence[Mapping[Any, object]]
+    key: Any
+
+    def __iter__(self) -> Iterator[object]:
+        return map(itemgetter(self.key), self.rows)

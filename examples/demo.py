@@ -15,13 +15,15 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder, installed or not
@@ -95,18 +97,34 @@ def run_both(arguments: argparse.Namespace, folder: Path, console: Console) -> t
     disturbed = ["--url", str(folder / "durable"), "--durable-every", "0", "--parity", PARITY]
     disturbed += ["--die-at-step", str(die_at), "--die-rank", str(KILLED_RANK)]
     disturbed += ["--lose-at-step", str(lose_at), "--lose-rank", str(LOST_RANK)]
-    with console.status("starting") as status:
-
-        def tell(step: Step) -> None:
-            again = f", life {step.life}" if step.life else ""
-            status.update(f"step {step.step} of {arguments.steps}{again}, loss {step.loss:.3f}")
-
-        console.print(f"1/2 undisturbed, without resilient: {NODES} nodes, {arguments.steps} steps")
+    console.print(f"1/2 undisturbed, without resilient: {NODES} nodes, {arguments.steps} steps")
+    with progress(console, arguments.steps) as tell:
         plain = run_trainer(folder / "plain", [*common, "--no-resilient"], arguments.timeout_s, tell)
-        console.print(f"2/2 with a snapshot at every step, parity {PARITY}")
-        console.print(f"    in step {die_at} a trainer is killed, in step {lose_at} a whole node")
+    console.print(f"2/2 with a snapshot at every step, parity {PARITY}")
+    console.print(f"    in step {die_at} a trainer is killed, in step {lose_at} a whole node")
+    with progress(console, arguments.steps) as tell:
         resumed = run_trainer(folder / "disturbed", [*common, *disturbed], arguments.timeout_s, tell)
     return plain, resumed
+
+
+@contextmanager
+def progress(console: Console, steps: int) -> Iterator[Callable[[Step], None]]:
+    """Something to tell the newest step, often: it shows a bar on a terminal, and in a log a line now and then."""
+    columns = TextColumn("    step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}")
+    shown = (0, 0)
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def tell(step: Step) -> None:
+            nonlocal shown
+            text = f"loss {step.loss:.3f}" + (f", life {step.life}" if step.life else "")
+            bar.update(task, completed=step.step, description=text)
+            now = step.life, step.step * 10 // steps
+            if bar.disable and now != shown:
+                console.print(f"    step {step.step}/{steps}, {text}", highlight=False)
+            shown = now
+
+        yield tell
 
 
 def run_trainer(folder: Path, arguments: list[str], timeout_s: float, tell: Callable[[Step], None]) -> Run:

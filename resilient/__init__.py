@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from resilient.checkpoint.checkpointer import Checkpointer as Checkpointer
-    from resilient.checkpoint.checkpointer import protect as protect
     from resilient.checkpoint.handle import SaveHandle as SaveHandle
+    from resilient.checkpoint.protected import protect as protect
     from resilient.errors import Preempted as Preempted
     from resilient.errors import ResilientError as ResilientError
     from resilient.policy import Policy as Policy
@@ -29,7 +29,7 @@ _HOMES = {
     "Preempted": "resilient.errors",
     "ResilientError": "resilient.errors",
     "SaveHandle": "resilient.checkpoint.handle",
-    "protect": "resilient.checkpoint.checkpointer",
+    "protect": "resilient.checkpoint.protected",
 }
 
 

@@ -67,6 +67,13 @@ class Policy:
     retries: int = 5
     copy_threads: int = 1
 
+    def __new__(cls, *_: object, **keys: object) -> Self:
+        """Before the fields are set, for Python's own complaint of an unknown key does not name the nearest one."""
+        for key in keys:
+            if key not in _RULES:
+                raise PolicyError(f"a policy has no key {key!r}; {_nearest(key, _RULES)}")
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for key, rule in _RULES.items():
             rule.check(key, getattr(self, key))
@@ -156,9 +163,11 @@ class Policy:
 
         `environment` is the process's own by default. "none" and "" mean None where a key can be None. This is the one
         place that reads these variables. Raises `PolicyError`, which names the variable; also for a RESILIENT_ variable
-        that does not exist.
+        that does not exist, and for a base that is no policy.
         """
         environment = os.environ if environment is None else environment
+        if not isinstance(base, Policy | None):
+            raise PolicyError(f"a policy is wanted, not a {type(base).__name__}: Policy(...), or Policy.from_mapping")
         values = {} if base is None else asdict(base)
         where = "environment"
         if path := environment.get(f"{PREFIX}POLICY"):

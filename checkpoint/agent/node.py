@@ -24,9 +24,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from resilient.checkpoint.agent.claiming import Tenant, Tenure
-from resilient.checkpoint.agent.images import Images, Plan
+from resilient.checkpoint.agent.images import Images
 from resilient.checkpoint.agent.loop import Loop
 from resilient.checkpoint.agent.other_nodes import NOTHING, Answer, OtherNodes, rank_of
+from resilient.checkpoint.agent.pool import Plan
 from resilient.checkpoint.agent.protecting import Protecting
 from resilient.checkpoint.agent.protocol import (
     PROTOCOL,

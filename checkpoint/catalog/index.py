@@ -24,6 +24,7 @@ FORMAT = "resilient.catalog"
 VERSION = 1
 _HEAD = '{"digest":"'
 _MOST_RANKS = 1 << 22
+_KINDS = get_args(Kind)
 
 
 class Header(NamedTuple):
@@ -214,11 +215,7 @@ def _index_of(raw: Mapping[str, Any]) -> Index:
         if not (isinstance(plan_digest, str) and len(numbers) == 3 and all(map(_is_number, numbers))):
             raise ValueError(f"image {rank} is {plan_digest!r}, {numbers}")
         index.members[rank] = Member(str(raw["lives"][life]), plan_digest, *numbers)
-    for one in raw["tensors"]:
-        header, entry = _entry_of(one)
-        if header in index.entries:
-            raise ValueError(f"{header.name!r} twice")
-        index.entries[header] = entry
+    _add_entries(index, raw["tensors"])
     _check_pieces(index)
     for one in raw["others"]:
         text = json.dumps([dict(each) for each in one["entries"]], separators=(",", ":"))
@@ -228,27 +225,39 @@ def _index_of(raw: Mapping[str, Any]) -> Index:
     return index
 
 
-def _entry_of(raw: Mapping[str, Any]) -> tuple[Header, Entry]:
-    shape, (rank, number) = tuple(raw["shape"]), raw["at"]
-    header = Header(
-        raw["name"],
-        raw.get("own") is True,
-        raw["kind"],
-        raw["dtype"],
-        shape,
-        raw.get("parameter", ""),
-        raw.get("state", ""),
-    )
-    texts = [header.name, header.parameter, header.state]
-    if not header.name or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a tensor is called {texts}")
-    if header.kind not in get_args(Kind) or header.dtype not in ITEMSIZES or not all(map(_is_number, shape)):
-        raise ValueError(f"{header.name!r} is a {header.kind!r} of {header.dtype!r} with the shape {shape}")
+def _add_entries(index: Index, raws: Sequence[Mapping[str, Any]]) -> None:
+    headers = [_header_in(raw) for raw in raws]
+    tables: dict[int, PieceTable] = {}
+    for dims, numbers in _by_dims(headers).items():
+        found = PieceTable.all_from_json(dims, [raws[number]["pieces"] for number in numbers])
+        tables |= zip(numbers, found, strict=True)
+    for number, (header, raw) in enumerate(zip(headers, raws, strict=True)):
+        if header in index.entries:
+            raise ValueError(f"{header.name!r} twice")
+        rank, place = raw["at"]
+        if not (_is_number(rank) and _is_number(place)):
+            raise ValueError(f"{header.name!r} is first at {rank!r}, {place!r}")
+        index.entries[header] = Entry((rank, place), raw.get("host") is True, tables[number])
+
+
+def _header_in(raw: Mapping[str, Any]) -> Header:
+    name, kind, dtype, shape = raw["name"], raw["kind"], raw["dtype"], tuple(raw["shape"])
+    parameter, state = raw.get("parameter", ""), raw.get("state", "")
+    if not (name and isinstance(name, str) and isinstance(parameter, str) and isinstance(state, str)):
+        raise ValueError(f"a tensor is called {[name, parameter, state]}")
+    if kind not in _KINDS or dtype not in ITEMSIZES or not all(map(_is_number, shape)):
+        raise ValueError(f"{name!r} is a {kind!r} of {dtype!r} with the shape {shape}")
     if math.prod(shape) > MOST_ELEMENTS:
-        raise ValueError(f"{header.name!r} has the shape {shape}")
-    if not (_is_number(rank) and _is_number(number)):
-        raise ValueError(f"{header.name!r} is first at {rank!r}, {number!r}")
-    return header, Entry((rank, number), raw.get("host") is True, PieceTable.from_json(len(shape), raw["pieces"]))
+        raise ValueError(f"{name!r} has the shape {shape}")
+    return Header(name, raw.get("own") is True, kind, dtype, shape, parameter, state)
+
+
+def _by_dims(headers: Iterable[Header]) -> dict[int, list[int]]:
+    """The numbers of those of as many dimensions."""
+    found: dict[int, list[int]] = {}
+    for number, header in enumerate(headers):
+        found.setdefault(len(header.shape), []).append(number)
+    return found
 
 
 def _check_pieces(index: Index) -> None:
@@ -256,17 +265,13 @@ def _check_pieces(index: Index) -> None:
 
     Raises DamagedImage.
     """
-    by_dims: dict[int, list[tuple[Header, Entry]]] = {}
-    for header, entry in index.entries.items():
-        by_dims.setdefault(len(header.shape), []).append((header, entry))
-    for dims, entries in by_dims.items():
-        corners = [entry.table.corners for _, entry in entries]
-        shapes = np.array([header.shape for header, _ in entries], dtype=np.int64).reshape(len(entries), dims)
-        each = np.repeat(shapes, [len(one) for one in corners], axis=0)
-        rows = np.concatenate(corners)
-        if within(rows, each, dims) and not (rows[:, FILE] >= index.world_size).any():
+    entries = list(index.entries.items())
+    for dims, numbers in _by_dims(header for header, _ in entries).items():
+        rows, owners = PieceTable.corners_of([entries[number][1].table for number in numbers])
+        shapes = np.array([entries[number][0].shape for number in numbers], dtype=np.int64).reshape(len(numbers), dims)
+        if within(rows, shapes[owners], dims) and not (rows[:, FILE] >= index.world_size).any():
             continue
-        for header, entry in entries:
+        for header, entry in (entries[number] for number in numbers):
             problem = tensor_of(header, entry.table).problem(partly=True)
             if problem is not None or entry.table.last_file >= index.world_size:
                 raise DamagedImage(problem or f"a piece of {header.name!r} is of a rank that there is not")

@@ -7,6 +7,7 @@ what. A row is then `base + i * steps + j * steps' ...`, so that whatever is lin
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,6 @@ class Block:
             grown = (grown[None] + np.arange(count, dtype=np.int64)[:, None, None] * step).reshape(-1, len(steps))
         return (self.bases[:, None] + grown[None]).reshape(-1, self.bases.shape[1])
 
-    def corners(self) -> Rows:
-        """The rows between which all others lie."""
-        if not self.axes:
-            return self.bases
-        moves = np.zeros((1, self.bases.shape[1]), dtype=np.int64)
-        for count, steps in self.axes:
-            moves = np.concatenate([moves, moves + (count - 1) * np.array(steps, dtype=np.int64)])
-        return (self.bases[:, None] + moves[None]).reshape(-1, self.bases.shape[1])
-
     def most(self, column: int) -> int:
         """The largest number of a column; there must be a row."""
         return int(self.bases[:, column].max()) + sum(max(0, (count - 1) * steps[column]) for count, steps in self.axes)
@@ -61,24 +53,64 @@ class Block:
     def total(self, column: int) -> int:
         """The sum of a column over all rows."""
         grown = sum(steps[column] * (count - 1) * self.times // 2 for count, steps in self.axes)
-        return int(self.bases[:, column].sum()) * self.times + len(self.bases) * grown
+        of_bases = self.bases[0, column] if len(self.bases) == 1 else self.bases[:, column].sum()
+        return int(of_bases) * self.times + len(self.bases) * grown
 
     def to_json(self) -> list[Any]:
         return [self.bases.tolist(), [[count, list(steps)] for count, steps in self.axes]]
 
 
-def parse_block(raw: Any, columns: int) -> Block:
-    """What `Block.to_json` gave. Raises ValueError for anything else, and for more than any job has."""
-    bases, axes = raw
-    block = Block(
-        np.array([_numbers(base, columns) for base in bases], dtype=np.int64).reshape(-1, columns),
-        tuple((_count(count), _numbers(steps, columns)) for count, steps in axes),
-    )
-    reach = sum(count * max(map(abs, steps), default=0) for count, steps in block.axes)
-    reach += sum(sum(map(abs, base)) for base in bases)  # so that no sum of a column wraps around
-    if len(block.axes) > _MOST_AXES or block.times * len(block.bases) > _MOST_ROWS or reach > _MOST_NUMBER:
+def parse_blocks(raws: Sequence[Any], columns: int) -> list[Block]:
+    """What `Block.to_json` gave, of several blocks. Raises ValueError and its like for anything else, and for more than
+    any job has.
+
+    All at once: a checkpoint has thousands, and to look at each by itself takes longer than to read them.
+    """
+    rows = _numbers([base for bases, _ in raws for base in bases], columns)
+    counts = [_count(count) for _, axes in raws for count, _ in axes]
+    steps = _numbers([step for _, axes in raws for _, step in axes], columns)
+    # As floating-point numbers, which do not wrap around.
+    reach = np.zeros(len(raws))
+    np.add.at(reach, _owners([len(bases) for bases, _ in raws]), np.abs(rows).sum(axis=1, dtype=np.float64))
+    far = np.array(counts, dtype=np.float64) * np.abs(steps).max(axis=1)
+    np.add.at(reach, _owners([len(axes) for _, axes in raws]), far)
+    found, begin = [], 0
+    for bases, axes in raws:
+        block = Block(rows[begin : begin + len(bases)], tuple((count, tuple(step)) for count, step in axes))
+        begin += len(bases)
+        if len(axes) > _MOST_AXES or block.times * len(bases) > _MOST_ROWS:
+            raise ValueError("pieces beyond all measure")
+        found.append(block)
+    if (reach > _MOST_NUMBER).any():  # so that no sum of a column wraps around
         raise ValueError("pieces beyond all measure")
-    return block
+    return found
+
+
+def corners_of(blocks: Sequence[Block], columns: int) -> tuple[Rows, Rows]:
+    """The rows between which all others of blocks lie, and of which block each is, by number."""
+    found: list[Rows] = [np.empty((0, columns), np.int64)]
+    owners: list[Rows] = [np.empty(0, np.int64)]
+    by_axes: dict[int, list[int]] = {}
+    for number, block in enumerate(blocks):
+        by_axes.setdefault(len(block.axes), []).append(number)
+    for axes, numbers in by_axes.items():
+        some = [blocks[number] for number in numbers]
+        rows = np.concatenate([block.bases for block in some])
+        each = _owners([len(block.bases) for block in some])
+        corners = rows
+        for axis in range(axes):
+            steps = np.array([block.axes[axis][1] for block in some], dtype=np.int64)
+            last = np.array([[block.axes[axis][0] - 1] for block in some], dtype=np.int64)
+            moves = np.tile((steps * last)[each], (len(corners) // max(1, len(rows)), 1))
+            corners = np.concatenate([corners, corners + moves])
+        found.append(corners)
+        owners.append(np.tile(np.array(numbers, dtype=np.int64)[each], len(corners) // max(1, len(rows))))
+    return np.concatenate(found), np.concatenate(owners)
+
+
+def _owners(lengths: Sequence[int]) -> Rows:
+    """Of each of the members of several lists, end to end, the number of its list."""
+    return np.repeat(np.arange(len(lengths)), lengths)
 
 
 def fold(rows: Rows) -> list[Block]:
@@ -158,10 +190,14 @@ def _join(blocks: Iterable[Block]) -> list[Block]:
     return [Block(np.concatenate(parts), axes) for axes, parts in groups.items()]
 
 
-def _numbers(raw: Any, columns: int) -> tuple[int, ...]:
-    if len(raw) != columns or set(map(type, raw)) != {int} or max(map(abs, raw)) > _MOST_NUMBER:
+def _numbers(raws: list[Any], columns: int) -> Rows:
+    """Lists of whole numbers as rows."""
+    flat = list(chain.from_iterable(raws))
+    if not set(map(len, raws)) <= {columns} or not set(map(type, flat)) <= {int}:
         raise ValueError(f"not {columns} whole numbers")
-    return tuple(raw)
+    if flat and not -_MOST_NUMBER <= min(flat) <= max(flat) <= _MOST_NUMBER:
+        raise ValueError("a number beyond all measure")
+    return np.array(flat, dtype=np.int64).reshape(len(raws), columns)
 
 
 def _count(raw: Any) -> int:

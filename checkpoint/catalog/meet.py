@@ -6,7 +6,7 @@ share a tensor have it, is at most 2 · dims - 1 boxes.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A box of a tensor, `offsets` and `sizes` in the whole tensor, that lies in file number `file`.
 
     `offset`: of its first element, in bytes; `strides`, in bytes too, lead to the others.
@@ -86,11 +85,8 @@ def _parts(rows: Rows, tensor: Tensor, begin: tuple[int, ...], extent: tuple[int
     whole &= np.all(high > low, axis=1)
     first = rows[:, OFFSET] + ((low - at) * strides).sum(axis=1) * itemsize
     columns = rows[:, FILE], first, strides * itemsize, low, high - low
-    chosen = (column[whole].tolist() for column in columns)
-    parts = [
-        Part(file, offset, tuple(step), tuple(where), tuple(size))
-        for file, offset, step, where, size in zip(*chosen, strict=True)
-    ]
+    file, offset, *vectors = (column[whole].tolist() for column in columns)
+    parts = list(map(Part, file, offset, *(map(tuple, vector) for vector in vectors)))  # there may be very many
     for row in rows[~whole].tolist():
         parts += _parts_of_range(row, d, itemsize, (begin, extent))
     return parts

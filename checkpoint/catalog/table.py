@@ -8,11 +8,12 @@ placement of the job, found in the numbers, so that it does not matter which lib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from resilient.checkpoint.catalog.lattice import Block, Bound, Rows, clipped, fold, parse_block
+from resilient.checkpoint.catalog.lattice import Block, Bound, Rows, clipped, corners_of, fold, parse_blocks
 from resilient.checkpoint.pieces import Piece
 
 __all__ = ["BOX", "FILE", "OFFSET", "START", "STOP", "PieceTable", "Rows", "StoredPiece", "row_major"]
@@ -104,7 +105,7 @@ class PieceTable:
     @property
     def corners(self) -> Rows:
         """Rows between which, number by number, all others lie: enough to see whether any is out of bounds."""
-        return self._as_one([one.corners() for one in self._blocks])
+        return self.corners_of([self])[0]
 
     @property
     def numel(self) -> int:
@@ -142,8 +143,22 @@ class PieceTable:
 
     @classmethod
     def from_json(cls, dims: int, lattices: Sequence[Any]) -> "PieceTable":
-        """What `to_json` gave. Raises ValueError for anything else."""
-        return cls._of_blocks(dims, [parse_block(raw, BOX + 3 * dims) for raw in lattices])
+        """What `to_json` gave. Raises ValueError and its like for anything else."""
+        return cls.all_from_json(dims, [lattices])[0]
+
+    @classmethod
+    def all_from_json(cls, dims: int, tables: Sequence[Sequence[Any]]) -> list["PieceTable"]:
+        """What `to_json` gave, of several tables of as many dimensions. Raises ValueError and its like."""
+        blocks = iter(parse_blocks([raw for lattices in tables for raw in lattices], BOX + 3 * dims))
+        return [cls._of_blocks(dims, list(islice(blocks, len(lattices)))) for lattices in tables]
+
+    @classmethod
+    def corners_of(cls, tables: Sequence["PieceTable"]) -> tuple[Rows, Rows]:
+        """The corners of tables of as many dimensions, at least one, and of which table each is, by number."""
+        blocks = [block for table in tables for block in table._blocks]
+        owners = [number for number, table in enumerate(tables) for _ in table._blocks]
+        rows, block = corners_of(blocks, BOX + 3 * tables[0].dims)
+        return rows, np.array(owners, dtype=np.int64)[block]
 
     def _as_one(self, found: list[Rows]) -> Rows:
         return found[0] if len(found) == 1 else np.concatenate([np.empty((0, BOX + 3 * self.dims), np.int64), *found])

@@ -1,14 +1,15 @@
 """What a live DeepSpeed engine holds: its flat masters, which parts of parameters are in them, and how to renew it.
 
-The attributes are those of DeepSpeed 0.19 `stage_1_and_2`, `bf16_optimizer`, `stage3`, `unfused_optimizer`.
-Only attributes are read; DeepSpeed itself is imported where a gathering of ZeRO-3 needs it. Called from the training
-thread, on all ranks.
+The attributes are those of DeepSpeed 0.19 `stage_1_and_2`, `bf16_optimizer`, `stage3`, `unfused_optimizer`,
+`fused_optimizer`. Only attributes are read; DeepSpeed itself is imported where a gathering of ZeRO-3 needs it. Called
+from the training thread, on all ranks.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from resilient.errors import UsageError
 class Flat:
     """A master tensor of the engine. `state`: what the optimizer has for it, to be replaced. `fragments` of parameters
     lie in the master as one row of elements. `names`: the parameters whose masters `ranks` share in this way, those
-    that have no fragment here too; `cut`: each has another part, else all have all of it. `separate`: the master is
-    another tensor than the model's parameter."""
+    that have no fragment here too. `cut`: it is a row of fragments, else one parameter, whole on each rank. `copied`:
+    the row is the same on each rank, else each has another part. `separate`: the master is another tensor than the
+    model's parameter."""
 
     master: torch.Tensor
     state: MutableMapping[str, Any]
@@ -31,6 +33,7 @@ class Flat:
     names: Sequence[str]
     ranks: tuple[int, ...]
     cut: bool = True
+    copied: bool = False
     separate: bool = True
 
 
@@ -46,7 +49,9 @@ def flats(engine: Any) -> list[Flat]:
         return list(_of_zero_1_or_2(engine, optimizer, partitions))
     if hasattr(optimizer, "fp32_groups"):
         return list(_of_unfused(engine, optimizer))
-    if hasattr(optimizer, "fp32_groups_flat") or not isinstance(optimizer, torch.optim.Optimizer):
+    if hasattr(optimizer, "fp32_groups_flat"):
+        return list(_of_fused(engine, optimizer))
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"an engine with a {type(optimizer).__name__} is not restored; use ZeRO, or an optimizer of torch"
         )
@@ -89,6 +94,10 @@ def renew(engine: Any, restored: Sequence[Flat]) -> None:
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for one, master in zip(low, high, strict=True):
                 one.data.copy_(master.data)
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        for low, master in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            for one, part in zip(low, master.detach().split([one.numel() for one in low]), strict=True):
+                one.data.copy_(part.view(one.shape))
 
 
 @contextmanager
@@ -161,8 +170,19 @@ def _of_unfused(engine: Any, optimizer: Any) -> Iterator[Flat]:
         for one, master in zip(low, high, strict=True):
             whole = Fragment(engine.param_names[one], 0, 0, master.numel())
             yield Flat(
-                master, optimizer.optimizer.state[master], [whole], [whole.name], replicas_of(engine, one), False
+                master, optimizer.optimizer.state[master], [whole], [whole.name], replicas_of(engine, one), cut=False
             )
+
+
+def _of_fused(engine: Any, optimizer: Any) -> Iterator[Flat]:
+    """Each rank has all parameters of a group end to end."""
+    for low, master in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+        starts = accumulate((one.numel() for one in low), initial=0)
+        fragments = [
+            Fragment(engine.param_names[one], 0, start, one.numel()) for one, start in zip(low, starts, strict=False)
+        ]
+        names, ranks = [one.name for one in fragments], replicas_of(engine, low[0])
+        yield Flat(master, optimizer.optimizer.state[master], fragments, names, ranks, copied=True)
 
 
 def _of_plain(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[Flat]:

@@ -29,7 +29,7 @@ _STRUCTURE = frozenset(
         "lr_scheduler ds_config ds_autoep_layers"
     ).split()
 )
-_OF_SCALER = ("dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter")
+_OF_SCALER = ("dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter")
 
 Load = Callable[[StoredTensor], torch.Tensor]
 

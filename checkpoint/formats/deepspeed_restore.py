@@ -258,8 +258,8 @@ def _is_zero_3(engine: Any) -> bool:
 
 
 def _set_scaler(optimizer: Any, saved: Any) -> None:
-    """The attributes of a dynamic loss scaler that both have."""
-    scaler = getattr(optimizer, "loss_scaler", None)
+    """The attributes of a dynamic loss scaler that both have; optimizers of stage 0 keep theirs under another name."""
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     if not isinstance(saved, Mapping) or scaler is None:
         return
     for key, value in saved.items():

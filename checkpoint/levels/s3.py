@@ -1,7 +1,8 @@
 """One object written to S3 (or a server that speaks it) as a multipart upload, part by part.
 
 An object becomes visible with the last request only. A part that fails is sent again by itself; the parts that went
-through stay. When a part fails for good the upload is aborted, so that nothing is left to pay for. Each object
+through stay. When a part fails for good the upload is aborted, so that nothing is left to pay for; what a writer that
+was killed has left behind, the next upload of a process under the same name aborts, of whatever step. Each object
 carries a random token as metadata, for one question that S3 leaves open: whether a request whose answer was lost has
 been done. See https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html. Reading and listing are in
 `remote.py`.
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from resilient.checkpoint.levels.patience import Calls
@@ -24,6 +25,9 @@ MOST_PARTS = 10_000
 LEAST_PART_BYTES = 5 << 20
 PARTS_UNDER_WAY = 4
 _TOKEN = "resilient-write"
+_lock = Lock()
+_under_way: set[str] = set()  # ids of this process' uploads
+_looked_for: set[tuple[str, str]] = set()  # buckets and names whose abandoned uploads this process has looked for
 
 
 def cut(chunks: Iterable[memoryview], part_bytes: int) -> Iterator[bytes]:
@@ -73,7 +77,10 @@ class S3Write:
             self._multipart(first, second, parts)
 
     def _multipart(self, first: bytes, second: bytes, rest: Iterator[bytes]) -> None:
+        self._abort_abandoned()
         upload = self._request("create_multipart_upload", **self._target, **self._metadata())["UploadId"]
+        with _lock:
+            _under_way.add(upload)
         try:
             sent = self._send(upload, first, second, rest)
             self._last_request("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": sent})
@@ -81,6 +88,28 @@ class S3Write:
             with suppress(LevelFailed):  # best effort: the first error is the one that matters
                 self._request("abort_multipart_upload", **self._target, UploadId=upload)
             raise
+        finally:
+            with _lock:
+                _under_way.discard(upload)
+
+    def _abort_abandoned(self) -> None:
+        """Abort what dead writers of this name have begun, in this folder and in those beside it; once in a process.
+
+        One process at a time writes a name (`claim.py`). Best effort: a server may not let us look.
+        """
+        bucket, key = self._target["Bucket"], self._target["Key"]
+        above, _, name = _split(key)
+        with _lock:
+            if (known := (bucket, f"{above}/*/{name}")) in _looked_for:
+                return
+            _looked_for.add(known)
+        with suppress(Exception):  # whatever a server says to this, the image can be written all the same
+            found = self._once("list_multipart_uploads", Bucket=bucket, Prefix=f"{above}/" if above else "")
+            for upload in found.get("Uploads") or ():
+                split = _split(upload["Key"])
+                if (split[0], split[2]) == (above, name) and upload["UploadId"] not in _under_way:
+                    abandoned = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    self._once("abort_multipart_upload", **abandoned)
 
     def _send(self, upload: str, first: bytes, second: bytes, rest: Iterator[bytes]) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
@@ -169,6 +198,13 @@ def error_code(error: BaseException | None) -> str:
             return str(response.get("Error", {}).get("Code", ""))
         error = error.__cause__
     return ""
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """What is above the folder of an object, the folder, and the object's name."""
+    folder, _, name = key.rpartition("/")
+    above, _, last = folder.rpartition("/")
+    return above, last, name
 
 
 def _chain(first: bytes, second: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

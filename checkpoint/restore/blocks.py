@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from resilient.checkpoint.agent.buffers import MappedImage
 from resilient.checkpoint.agent.client import AgentClient
 from resilient.checkpoint.agent.memory import private_memory
 from resilient.checkpoint.catalog.index import Index
-from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_count, block_range, fine_count
+from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, block_count, block_range
 from resilient.checkpoint.image import data_start_of
 from resilient.checkpoint.levels.image_io import RECORD_READERS, read_fine_digests, read_image_range, read_record
 from resilient.checkpoint.levels.store import Store
@@ -27,7 +27,7 @@ from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxScatter, units
 from resilient.checkpoint.restore.decide import Damaged, Decision, level_of_other
 from resilient.checkpoint.restore.exchange import send_window
-from resilient.checkpoint.restore.partial import Read, Use, read_units, read_whole
+from resilient.checkpoint.restore.partial import Held, Nothing, Opened, Reading, Use, read_units, read_whole
 from resilient.checkpoint.restore.sharing import rounds_of
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError
@@ -39,15 +39,6 @@ LOST = (DamagedImage, LevelFailed, FileNotFoundError)
 """What reading an image raises where another level or step may still serve."""
 Needs = Mapping[int, Any]
 """Of each image which blocks of 64 KiB are needed."""
-
-
-@dataclass(slots=True)
-class Opened:
-    """An image of the other job that this rank can read itself. `fine` None: it is verified by whole blocks."""
-
-    record: Record
-    read: Read
-    fine: bytes | None = None
 
 
 class Outdated(Exception):
@@ -81,7 +72,11 @@ class Blocks:
         self._size = len(decision.places)
         self._images: dict[int, Opened] = {}
         self._records: dict[int, Record] = {}
+        self._compared: set[int] = set()  # images whose record has been compared with the index
+        self._reading: Reading | None = None
+        self._ahead: dict[int, Any] = {}  # which blocks of images are being read already
         self.read_bytes = 0
+        opened.callback(self.forget)
 
     @property
     def records_read(self) -> int:
@@ -119,11 +114,11 @@ class Blocks:
                 slot = self._recover(rank) if level == "parity" else None
                 mapped = self._opened.enter_context(self._client.map_image(rank, step, self._size, slot_id=slot))
                 self._records[rank] = mapped.record
-                self._images[rank] = Opened(mapped.record, lambda offset, into: mapped.read(offset, [into]))
+                self._images[rank] = Opened(mapped.record, level, lambda offset, into: mapped.read(offset, [into]))
             else:
                 store, record = self._stores[level], self._record(rank)
                 fine = read_fine_digests(store, record)
-                self._images[rank] = Opened(record, partial(read_image_range, store, record), fine)
+                self._images[rank] = Opened(record, level, partial(read_image_range, store, record), fine)
         return self._images[rank]
 
     def _recover(self, rank: int) -> int:
@@ -135,6 +130,31 @@ class Blocks:
     def _release(self, slot: int) -> None:
         with suppress(ResilientError):
             self._client.release(slot)
+
+    @property
+    def are_within_reach(self) -> bool:
+        """Whether every rank can read every image, which all know."""
+        return not any(place.holders for place in self._decision.places)
+
+    def read_ahead(self, needs: Needs) -> None:
+        """Begin to read blocks whose uses `gather` will be told: of images on a disk of this node, as far as they are
+        there and are what the index says. Not collective."""
+        for rank, needed in needs.items():
+            level = self._decision.places[rank].level
+            if not self._is_stored(rank) or not self._stores[level].is_near or self._problem(rank) is not None:
+                continue
+            if self.open(rank).fine is not None:  # else whole blocks are read, and those at the edges twice
+                self._reading = self._reading or Reading()
+                known = self._ahead.get(rank, np.zeros_like(needed))
+                self._want(self._reading, rank, needed & ~known)
+                self._ahead[rank] = needed | known
+
+    def forget(self) -> None:
+        """What has been read ahead is not wanted after all."""
+        reading, self._reading = self._reading, None
+        self._ahead = {}
+        if reading is not None:
+            reading.close()
 
     def gather(
         self,
@@ -152,9 +172,7 @@ class Blocks:
         }
         bad, done = self._read_together(uses, needs)
         near = [rank for rank in uses if rank not in remote and rank not in done]
-        rows = self._world.gather_results(
-            lambda: [bad | {k: v for rank in near for k, v in self.read(rank, uses, needs).items()}, remote]
-        )
+        rows = self._world.gather_results(lambda: [bad | self._read_rest(near, uses, needs), remote])
         found = {int(rank): text for row, _ in rows for rank, text in row.items()}
         if not found:
             for rank, numbers in _union(wanted for _, wanted in rows):
@@ -168,21 +186,28 @@ class Blocks:
         All ranks are to agree then that the index is `Outdated`. One that cannot be read is for those to tell who read
         the image.
         """
-        new = [rank for rank in ranks if rank not in self._images and self._is_stored(rank)]
+        new = [rank for rank in ranks if rank not in self._compared and self._is_stored(rank)]
 
         def work(rank: int) -> bool:
-            try:
-                problem = self.index.disagreement(self.open(rank).record)
-            except LOST:
-                return False
-            if problem is not None:
+            problem = self._problem(rank)
+            if problem:
                 _log.warning("step %d: its index is of another attempt at it (%s)", self._decision.step, problem)
-            return problem is not None
+            return bool(problem)
 
         if len(new) < 2:
             return any(map(work, new))
         with ThreadPoolExecutor(RECORD_READERS, thread_name_prefix="resilient-records") as pool:
             return any(list(pool.map(work, new)))
+
+    def _problem(self, rank: int) -> str | None:
+        """Why an image on a store is not that of the index; None if it is, empty if it cannot be read."""
+        try:
+            problem = self.index.disagreement(self.open(rank).record)
+        except LOST:
+            return ""
+        if problem is None:
+            self._compared.add(rank)
+        return problem
 
     def _is_stored(self, rank: int) -> bool:
         return self._decision.places[rank].level in self._stores and self._reaches(rank)
@@ -254,22 +279,45 @@ class Blocks:
                 def read(offset: int, into: memoryview, mapped: MappedImage = mapped) -> None:
                     mapped.read(offset, [into])
 
-                read_units(record, "memory", read, wanted, None, uses[rank].take, verified=True)
+                read_units(Opened(record, "memory", read, verified=True), wanted, uses[rank].take)
 
     def _reaches(self, rank: int) -> bool:
         holders = self._decision.places[rank].holders
         return not holders or self._world.rank in holders
 
-    def read(self, rank: int, uses: Mapping[int, Any], needs: Needs) -> dict[int, str]:
-        """Give the needed blocks of an image that this rank can reach to their use; why that failed, if it did."""
+    def read(self, ranks: Iterable[int], uses: Mapping[int, Any], needs: Needs) -> dict[int, str]:
+        """Give the needed blocks of images that this rank can reach to their uses; of those that failed, why."""
+        takers = {rank: use.take for rank, use in uses.items()}
+        return self._finish(Reading(takers), {rank: needs[rank] for rank in ranks}, takers)
+
+    def _read_rest(self, ranks: Iterable[int], uses: Mapping[int, Any], needs: Needs) -> dict[int, str]:
+        """As `read`, of which some has been read ahead."""
+        takers = {rank: use.take for rank, use in uses.items()}
+        reading, ahead = self._reading or Reading(takers), self._ahead
+        self._reading, self._ahead = None, {}
+        rest = {rank: needs[rank] & ~ahead[rank] if rank in ahead else needs[rank] for rank in ranks}
+        return self._finish(reading, rest, takers)
+
+    def _finish(self, reading: Reading, needs: Needs, takers: Mapping[int, Use]) -> dict[int, str]:
+        failed: dict[int, Exception] = {}
         try:
-            one = self.open(rank)
-            wanted = units(needs[rank], one.record.image_bytes, fine=one.fine is not None)
-            level, use = self._decision.places[rank].level, uses[rank].take
-            self.read_bytes += read_units(one.record, level, one.read, wanted, one.fine, use)
-        except LOST as error:
-            return {rank: why(error)}
-        return {}
+            for rank, needed in needs.items():
+                try:
+                    self._want(reading, rank, needed)
+                except LOST as error:
+                    failed[rank] = error
+            failed |= reading.finish(takers)
+        finally:
+            reading.close()
+        self.read_bytes += reading.read_bytes
+        for problem in failed.values():
+            if not isinstance(problem, LOST):
+                raise problem
+        return {rank: why(problem) for rank, problem in failed.items()}
+
+    def _want(self, reading: Reading, rank: int, needed: Any) -> None:
+        opened = self.open(rank)
+        reading.want(rank, opened, units(needed, opened.record.image_bytes, fine=opened.fine is not None))
 
     def _send(self, rank: int, numbers: list[int], use: Use | None) -> dict[int, str]:
         """One image's blocks from its speaker to all; those who want them use them once all have them verified."""
@@ -325,31 +373,6 @@ class Blocks:
 def why(error: Exception) -> str:
     """An error in words, never none."""
     return str(error) or type(error).__name__
-
-
-class Held:
-    """Blocks of an image at their places in an otherwise empty one."""
-
-    def __init__(self, image_bytes: int) -> None:
-        self.view = private_memory(image_bytes)  # of the system only what is written
-
-    def take(self, begin: int, portion: memoryview) -> None:
-        self.view[begin : begin + portion.nbytes] = portion
-
-
-class Nothing:
-    """For blocks that are only to be verified."""
-
-    def take(self, begin: int, portion: memoryview) -> None:
-        """Nothing."""
-
-
-def blocks_of(spans: list[tuple[int, int]], image_bytes: int) -> Any:
-    """Which blocks of 64 KiB of an image spans of it lie in."""
-    needed = np.zeros(fine_count(image_bytes), dtype=np.bool_)
-    for begin, end in spans:
-        needed[begin // FINE_BYTES : -(-end // FINE_BYTES)] = True
-    return needed
 
 
 def _union(rows: Iterable[dict[str, list[int]]]) -> list[tuple[int, list[int]]]:

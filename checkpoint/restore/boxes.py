@@ -143,13 +143,15 @@ def units(needed: NDArray[np.bool_], image_bytes: int, *, fine: bool) -> list[tu
 
 class _Run(NamedTuple):
     """Contiguous elements that are needed of a piece, `length` each: `first` is where the first begin, from the piece's
-    own first; `sizes` and `strides` lead to the others. All in elements.
+    own first; `sizes` and `strides` lead to the others. `to`: where the first one goes, from the first of the box that
+    needs them, if all go there one behind the other; else None. All in elements.
     """
 
     first: int
     length: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    to: int | None
 
 
 @lru_cache(maxsize=4096)
@@ -169,8 +171,17 @@ def _runs(start: int, stop: int, at: tuple[int, ...], sizes: tuple[int, ...], pl
                 break
         first = sum((x - a) * s for x, a, s in zip(shared[0], at, strides, strict=True)) - start
         outer = [(size, stride) for size, stride in zip(shared[1][:dim], strides[:dim], strict=True) if size > 1]
-        found.append(_Run(first, inner, tuple(size for size, _ in outer), tuple(stride for _, stride in outer)))
+        sizes_outer, strides_outer = tuple(size for size, _ in outer), tuple(stride for _, stride in outer)
+        found.append(_Run(first, inner, sizes_outer, strides_outer, None if outer else _begins_in(place, shared)))
     return tuple(found)
+
+
+def _begins_in(place: Box, shared: Box) -> int | None:
+    """Where in a contiguous array, the box `place`, a part of it begins; None if other elements lie in between."""
+    thick = next((dim for dim, size in enumerate(shared[1]) if size > 1), len(shared[1]))
+    if shared[1][thick + 1 :] != place[1][thick + 1 :]:
+        return None
+    return sum((x - a) * s for x, a, s in zip(shared[0], place[0], row_major(place[1]), strict=True))
 
 
 def _grid(sizes: Sequence[int], strides: Sequence[int]) -> NDArray[np.int64]:
@@ -196,12 +207,30 @@ class BoxScatter:
     """
 
     def __init__(self, ranges: Iterable[BoxRange]) -> None:
-        self._targets = sorted((_BoxTarget(one) for one in ranges), key=lambda target: target.begin)
-        self._stops = list(accumulate((target.stop for target in self._targets), max))  # sorted, if they overlap too
+        self._ranges = list(ranges)  # keeps the memory that is copied to
+        moves, targets = list[tuple[int, int, int]](), list[_BoxTarget]()
+        for one in self._ranges:
+            found = _moves(one)
+            if found is None:
+                targets.append(_BoxTarget(one))
+            else:
+                moves += found
+        self._moves = sorted(moves)
+        self._move_stops = list(accumulate((stop for _, stop, _ in self._moves), max))  # sorted, if they overlap too
+        self._targets = sorted(targets, key=lambda target: target.begin)
+        self._stops = list(accumulate((target.stop for target in self._targets), max))
 
     def take(self, begin: int, portion: memoryview) -> None:
         """Bytes of the image from `begin` on: each range gets what is its own of them."""
         end = begin + portion.nbytes
+        source = np.frombuffer(portion, dtype=np.uint8).ctypes.data - begin
+        for number in range(bisect_right(self._move_stops, begin), len(self._moves)):
+            first, stop, place = self._moves[number]
+            if first >= end:
+                break
+            first, stop = max(first, begin), min(stop, end)
+            if first < stop:
+                Move(place + first, source + first, stop - first).run()  # large ones release the interpreter lock
         for number in range(bisect_right(self._stops, begin), len(self._targets)):
             target = self._targets[number]
             if target.begin >= end:
@@ -213,6 +242,21 @@ class BoxScatter:
         """Bring what lies on another device, or not in order, to its place."""
         for target in self._targets:
             target.finish()
+
+
+def _moves(one: BoxRange) -> list[tuple[int, int, int]] | None:
+    """Bytes [first, stop) of the image that are to be copied as they are, and where to: the address at which byte 0
+    would be. None where that is not enough."""
+    local, itemsize = one.local, one.local.element_size()
+    if local.device.type != "cpu" or not local.is_contiguous() or local.is_complex():
+        return None
+    found, address = [], local.data_ptr()
+    for run in _runs(one.start, one.stop, one.at, one.sizes, one.place):
+        if run.to is None:
+            return None
+        first = one.offset + run.first * itemsize
+        found.append((first, first + run.length * itemsize, address + run.to * itemsize - first))
+    return found
 
 
 class _BoxTarget:

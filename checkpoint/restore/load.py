@@ -7,7 +7,8 @@ jobs of another size `reshaped.py` has another catalog.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +20,20 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from resilient.checkpoint.extras import columns_by_parameter
-from resilient.checkpoint.leaves import Leaf, Leaves, place_of
+from resilient.checkpoint.leaves import Leaf, Leaves, overlaps, place_of
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.boxes import BoxRange
 from resilient.checkpoint.restore.images import Stored
 from resilient.checkpoint.restore.scatter import Range
-from resilient.errors import LayoutMismatch
+from resilient.errors import DamagedImage, LayoutMismatch
 
 _log = logging.getLogger("resilient")
+
+
+Known = Mapping[str, Sequence[Range | BoxRange]]
+"""What fills tensors, by their keys."""
 
 
 class Catalog:
@@ -149,9 +154,12 @@ class Proposal:
                 optimizer.state.pop(key, None)
 
 
-def propose(state: Mapping[str, object], found: Leaves, catalog: Catalog, objects: Mapping[str, Any]) -> Proposal:
+def propose(
+    state: Mapping[str, object], found: Leaves, catalog: Catalog, objects: Mapping[str, Any], known: Known | None = None
+) -> Proposal:
     """All ranges that restore the state's tensors, and the optimizer state to make for them. `found`: its walk.
 
+    `known`: what `known_ranges` has found already.
     Overwrites nothing. Raises LayoutMismatch, on this rank only: all ranks have to agree before they go on.
     """
     proposal = Proposal()
@@ -159,7 +167,8 @@ def propose(state: Mapping[str, object], found: Leaves, catalog: Catalog, object
     _check_objects(state, objects)
     for leaf in found.leaves:
         if leaf.kind != "optimizer" and leaf.key not in found.provided:
-            proposal.ranges += _ranges_of_model(leaf, catalog)
+            ranges = (known or {}).get(leaf.key)
+            proposal.ranges += _ranges_of_model(leaf, catalog) if ranges is None else ranges
     for item, value in state.items():
         if isinstance(value, Optimizer) and item in objects:
             _propose_optimizer(proposal, item, value, found, catalog, objects[item])
@@ -169,6 +178,17 @@ def propose(state: Mapping[str, object], found: Leaves, catalog: Catalog, object
             for leaf in wanted.leaves:
                 proposal.ranges += _ranges_of_model(leaf, catalog)
     return proposal
+
+
+def known_ranges(found: Leaves, catalog: Catalog) -> Iterator[tuple[str, Sequence[Range | BoxRange]]]:
+    """By key those of the ranges that `propose` will find for which no objects are needed. Overwrites nothing.
+
+    What does not fit is left out: to say so is up to `propose`.
+    """
+    for leaf in found.leaves:
+        if leaf.kind != "optimizer" and leaf.key not in found.provided and not overlaps(leaf.local):
+            with suppress(LayoutMismatch, DamagedImage):
+                yield leaf.key, catalog.ranges(leaf.key, leaf.local, leaf.box, catalog.find(leaf))
 
 
 def _check_names(found: Leaves, catalog: Catalog) -> None:
@@ -198,22 +218,11 @@ def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> Sequence[Range | BoxRange]
             raise
         _log.warning("%s; it is a buffer that need not be in a state, and keeps its present value", error)
         return []
-    if _overlaps(leaf.local):
+    if overlaps(leaf.local):
         # An expanded tensor: its elements may have values of their own now.
         leaf.tensor.data = leaf.tensor.data.clone(memory_format=torch.contiguous_format)
         ranges = catalog.ranges(leaf.key, leaf.tensor.detach(), leaf.box, catalog.find(leaf))
     return ranges
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory with one another, so that they cannot be written each by itself."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
 
 
 def _propose_optimizer(
@@ -264,10 +273,10 @@ def _on_device(value: Any, device: torch.device) -> Any:
 def _tensor_for(stored: Stored, parameter: Leaf, live: Any, made: dict[str, Any] | None) -> Tensor:
     """A tensor for saved optimizer state: the live one if it fits, else one that is made as the saved one was."""
     shape, like = stored.piece.shape, parameter.tensor
-    placements = _placements(stored, like, made)
+    placements = _placements(stored, like, live, made)
     if isinstance(live, Tensor) and live.dtype == stored.dtype and tuple(live.shape) == shape:
         same = (list(live.placements) if isinstance(live, DTensor) else None) == placements
-        if same and not _overlaps(live):
+        if same and not overlaps(live):
             return live
     if placements is not None and isinstance(like, DTensor):
         if (list(like.placements), tuple(like.shape)) == (placements, shape):
@@ -279,10 +288,23 @@ def _tensor_for(stored: Stored, parameter: Leaf, live: Any, made: dict[str, Any]
     return torch.empty(shape, dtype=stored.dtype, device=device)
 
 
-def _placements(stored: Stored, like: Tensor, made: dict[str, Any] | None) -> list[Any] | None:
+def _placements(stored: Stored, like: Tensor, live: Any, made: dict[str, Any] | None) -> list[Any] | None:
     """How saved state is spread over its parameter's mesh; None for what is not."""
-    if not (stored.mesh and isinstance(like, DTensor)):
+    if not isinstance(like, DTensor):
         return None
     if made is None or "placements" not in made:
-        return list(like.placements)
-    return [Replicate() if dim is None else Shard(dim) for dim in made["placements"]]
+        if stored.mesh:
+            return list(like.placements)
+        return _placements_of(live, stored)
+    said = made["placements"]
+    if len(said) == like.device_mesh.ndim:
+        return [Replicate() if dim is None else Shard(dim) for dim in said]
+    # Of another mesh: cut along the same dimensions, over the axes over which its parameter is.
+    return [one if isinstance(one, Shard) and one.dim in said else Replicate() for one in like.placements]
+
+
+def _placements_of(live: Any, stored: Stored) -> list[Any] | None:
+    """How live state lies that the snapshot has from a job without a mesh: factored moments, say."""
+    if not isinstance(live, DTensor) or (live.dtype, tuple(live.shape)) != (stored.dtype, stored.piece.shape):
+        return None
+    return list(live.placements) if all(isinstance(one, Shard | Replicate) for one in live.placements) else None

@@ -8,9 +8,10 @@ that is worth something is touched only when all of them have been. Collective; 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from resilient.checkpoint.agent.client import AgentClient
@@ -23,19 +24,22 @@ from resilient.checkpoint.leaves import Leaves
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import image_name
 from resilient.checkpoint.record import Record
-from resilient.checkpoint.restore.blocks import Blocks, Held, Nothing, Outdated, blocks_of
+from resilient.checkpoint.restore.blocks import Blocks, Outdated
 from resilient.checkpoint.restore.boxes import BoxRange, BoxScatter, needed_blocks
 from resilient.checkpoint.restore.decide import Damaged, Decision
 from resilient.checkpoint.restore.images import Image
 from resilient.checkpoint.restore.indexing import index_of_records, keep_index, stored_index
-from resilient.checkpoint.restore.load import Proposal, propose
+from resilient.checkpoint.restore.load import Proposal, known_ranges, propose
+from resilient.checkpoint.restore.partial import Held, Nothing, blocks_of
 from resilient.checkpoint.restore.reshaped import Reshaped, objects_rank
+from resilient.checkpoint.restore.scatter import Range
 from resilient.checkpoint.restore.source import InMemory
 from resilient.checkpoint.world import World
 from resilient.errors import LayoutMismatch, RestoreError
 from resilient.policy import Policy
 
 _log = logging.getLogger("resilient")
+_TENSORS_AHEAD = 32  # planned before the first of them are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class Reshaper:
         self._decision = decision
         self._size = len(decision.places)
         self._blocks = Blocks(client, world, stores, decision, opened, policy)
+        self._known: dict[str, Sequence[Range | BoxRange]] = {}  # of tensors that are read ahead
         self.touched = False  # whether live tensors may have been overwritten
 
     def run(self, extras: Extras, *, fresh: bool) -> tuple[Reshape | None, Damaged]:
@@ -95,14 +100,15 @@ class Reshaper:
 
     def _run(self, index: Index, extras: Extras, *, fresh: bool) -> tuple[Reshape | None, Damaged]:
         """Raises Outdated, on all ranks, where a record is not what the index says; nothing is touched by then."""
+        self._blocks.forget()
+        self._known = {}
         self._blocks.index = index
         chosen = objects_rank(index, self._found, self._world.rank)
-        catalog = self._catalog(index, chosen)
-        damaged = self._find_replicas(catalog, index)
-        if damaged:
-            return None, damaged
         ends, tail = _ends(index.members[chosen])
-        damaged = self._blocks.gather({chosen: tail}, {chosen: ends})
+        catalog, damaged = self._begin(index, chosen, ends, tail, ahead=fresh)
+        damaged |= self._find_replicas(catalog, index)
+        if not damaged and not self._blocks.are_within_reach:
+            damaged = self._blocks.gather({chosen: tail}, {chosen: ends})
         if damaged:
             return None, damaged
         image, proposal, wanted, needs = self._propose(index, chosen, tail, catalog)
@@ -133,10 +139,9 @@ class Reshaper:
 
         def plan() -> bool:
             image = Image(InMemory(_told_of(index, chosen), "", tail.view, verified=True))
-            proposal = propose(self._state, self._found, catalog, image.objects)
-            wanted = _by_image(proposal)
-            needs = {rank: needed_blocks(ranges, index.members[rank].image_bytes) for rank, ranges in wanted.items()}
-            made.append((image, proposal, wanted, needs))
+            proposal = propose(self._state, self._found, catalog, image.objects, self._known)
+            wanted = _by_image(proposal.ranges)
+            made.append((image, proposal, wanted, _needs(index, wanted)))
             return self._blocks.disagrees(wanted)
 
         if any(self._world.gather_results(plan)):
@@ -145,30 +150,46 @@ class Reshaper:
 
     # ---- names
 
-    def _catalog(self, index: Index, chosen: int) -> Reshaped:
-        """What is there. Raises LayoutMismatch for what was saved of the models and has its place on no rank, Outdated.
+    def _begin(self, index: Index, chosen: int, ends: Any, tail: Held, *, ahead: bool) -> tuple[Reshaped, Damaged]:
+        """What is there; where all ranks can read all images, also the objects of the chosen one, into `tail`.
 
-        `chosen`: an image that this rank will read.
+        `ahead`: begin to read what is known to be needed, while the rest is planned. Collective: raises LayoutMismatch
+        for what was saved of the models and has its place on no rank, and Outdated.
         """
         made: list[Reshaped] = []
 
-        def names() -> list[Any]:
-            made.append(Reshaped(index, self._world.rank))
-            tied = sorted(set(self._found.aliases) & set(made[0].described.tensors))
-            return [made[0].missing(self._found), tied, self._blocks.disagrees([chosen])]
+        def begin() -> list[Any]:
+            catalog = Reshaped(index, self._world.rank)
+            made.append(catalog)
+            tied = sorted(set(self._found.aliases) & set(catalog.described.tensors))
+            if ahead:
+                self._look_ahead(catalog, index)
+            outdated, bad = self._blocks.disagrees([chosen]), {}
+            if not outdated and self._blocks.are_within_reach:
+                bad = self._blocks.read([chosen], {chosen: tail}, {chosen: ends})
+            return [catalog.missing(self._found), tied, outdated, bad]
 
-        rows = self._world.gather_results(names)
-        if any(outdated for _, _, outdated in rows):
+        rows = self._world.gather_results(begin)
+        if any(outdated for _, _, outdated, _ in rows):
             raise Outdated
-        nowhere = set.intersection(*(set(missing) for missing, _, _ in rows))
+        nowhere = set.intersection(*(set(missing) for missing, *_ in rows))
         if nowhere:
             raise LayoutMismatch(f"the snapshot has tensor {min(nowhere)!r}, which this job's state does not have")
-        for _, shared, _ in rows:
+        for _, shared, *_ in rows:
             if shared:
                 raise LayoutMismatch(
                     f"tensor {shared[0]!r} is one with another in this job (tied), but not in the snapshot"
                 )
-        return made[0]
+        return made[0], self._blocks.as_damaged({int(rank): text for *_, bad in rows for rank, text in bad.items()})
+
+    def _look_ahead(self, catalog: Reshaped, index: Index) -> None:
+        """Begin to read what the models need, tensor by tensor: the disk is not to wait for the last of them."""
+        if not self._blocks.are_within_reach or catalog.doubtful():
+            return
+        coming = known_ranges(self._found, catalog)
+        while some := dict(islice(coming, _TENSORS_AHEAD)):
+            self._known |= some
+            self._blocks.read_ahead(_needs(index, _by_image(chain.from_iterable(some.values()))))
 
     def _find_replicas(self, catalog: Reshaped, index: Index) -> Damaged:
         """Tell the catalog which parameters are the same on all ranks that have one each: replicas by convention.
@@ -210,7 +231,9 @@ class Reshaper:
                         spans.append((name, str(row[START:]), (begin, begin + nbytes)))
         image_bytes = member.image_bytes
         held = Held(image_bytes)
-        problems = self._blocks.read(rank, {rank: held}, {rank: blocks_of([span for _, _, span in spans], image_bytes)})
+        problems = self._blocks.read(
+            [rank], {rank: held}, {rank: blocks_of([span for _, _, span in spans], image_bytes)}
+        )
         if problems:
             return rank, [], problems[rank]
         return rank, [(name, piece, digest(held.view[begin:end])) for name, piece, (begin, end) in spans], ""
@@ -241,9 +264,14 @@ def _told_of(index: Index, rank: int) -> Record:
     )
 
 
-def _by_image(proposal: Proposal) -> dict[int, list[BoxRange]]:
+def _needs(index: Index, wanted: Mapping[int, list[BoxRange]]) -> dict[int, Any]:
+    """Which blocks of which images ranges need."""
+    return {rank: needed_blocks(ranges, index.members[rank].image_bytes) for rank, ranges in wanted.items()}
+
+
+def _by_image(ranges: Iterable[Range | BoxRange]) -> dict[int, list[BoxRange]]:
     found: dict[int, list[BoxRange]] = {}
-    for one in proposal.ranges:
+    for one in ranges:
         assert isinstance(one, BoxRange)
         found.setdefault(one.image_rank, []).append(one)
     return dict(sorted(found.items()))

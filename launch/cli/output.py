@@ -4,6 +4,7 @@ Exit codes are a contract with scripts (`docs/cli.md`). Progress is shown only w
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,13 +50,28 @@ def tell(text: str) -> None:
 
 
 def tell_json(value: object) -> None:
-    """One document, on one line where the output is read by a program, indented on a terminal."""
-    tell(json.dumps(value, indent=2 if sys.stdout.isatty() else None, default=str))
+    """One document, on one line where the output is read by a program, indented on a terminal.
+
+    JSON has no infinity and no NaN, which hyperparameters may be: they are words.
+    """
+    indent = 2 if sys.stdout.isatty() else None
+    tell(json.dumps(_in_words(value), indent=indent, default=str, allow_nan=False))
 
 
 def remark(text: str) -> None:
     """To whoever watches, not part of the result."""
     sys.stderr.write(f"{text}\n")
+
+
+def _in_words(value: object) -> object:
+    """`value` with words for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _in_words(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_words(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
+    return value
 
 
 def tell_table(columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:

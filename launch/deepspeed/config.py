@@ -5,7 +5,7 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,18 @@ def check_version(version: str) -> str | None:
         f"DeepSpeed {version} is not tested with this library, which knows the engine of {_TESTED}x from within: if "
         f"anything fails, {_EXTRA}"
     )
+
+
+def no_engine(kind: str, missing: Sequence[str], version: str | None) -> UsageError:
+    """What to raise for something without these attributes of an engine. `version`: DeepSpeed's, if it is imported."""
+    advice = None if version is None else check_version(version)
+    text = f"attach({kind}): this is no engine that deepspeed.initialize has made: it has no {', '.join(missing)}"
+    return UsageError(text if advice is None else f"{text}; {advice}")
+
+
+def other_engine(error: AttributeError, advice: str) -> UsageError:
+    """What to raise where an engine of a version that is not tested is another one within."""
+    return UsageError(f"this engine is not the one that this library knows ({error}); {advice}")
 
 
 def not_installed(error: ImportError) -> UsageError:

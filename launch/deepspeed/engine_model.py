@@ -104,7 +104,7 @@ def of_master(
     held = flat.master if tensor is None else tensor
     if not flat.cut:
         return _whole(key, kind, held, flat.ranks, parameter=parameter, name=name)
-    return _range(key, kind, held, fragment, shape, flat.ranks, parameter=parameter, name=name)
+    return _range(key, kind, held, fragment, shape, flat.ranks, flat.copied, parameter=parameter, name=name)
 
 
 def _partition(key: str, parameter: Any) -> Leaf:
@@ -122,6 +122,7 @@ def _range(
     fragment: Fragment,
     shape: Sequence[int],
     group: tuple[int, ...],
+    copied: bool = False,
     *,
     parameter: str = "",
     name: str = "",
@@ -134,6 +135,7 @@ def _range(
         tensor=tensor,
         local=local.view(box.sizes) if box.is_box else local,
         box=box,
+        replicas=group if copied else (),
         group=group,
         parameter=parameter,
         name=name,

@@ -97,7 +97,7 @@ class EngineOptimizer(Provided):
                 yield _whole(full, flat, tensor, flat.ranks, parameter=key, name=name)
             elif tensor.numel() == 1 and not tensor.dim():
                 if not fragment.begin and fragment.numel:  # one of the ranks says it, for all have the same
-                    yield _whole(full, flat, tensor, (), parameter=key, name=name)
+                    yield _whole(full, flat, tensor, flat.ranks if flat.copied else (), parameter=key, name=name)
             else:
                 raise StateError(
                     f"state {name!r} of the optimizer has the shape {tuple(tensor.shape)} for a partition of the shape "

@@ -13,6 +13,7 @@ All ranks call all of it together, from the training thread, as they do DeepSpee
 import importlib
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,7 +27,7 @@ from resilient.checkpoint.levels.open import open_store
 from resilient.checkpoint.names import complete_steps
 from resilient.checkpoint.place import normal_url
 from resilient.errors import Preempted, ResilientError, UsageError
-from resilient.launch.deepspeed.config import BLOCK, HookConfig, check_version, not_installed
+from resilient.launch.deepspeed.config import BLOCK, HookConfig, check_version, no_engine, not_installed, other_engine
 from resilient.launch.deepspeed.engine_model import EngineModel
 from resilient.launch.deepspeed.engine_objects import EngineCounters, LossScaler
 from resilient.launch.deepspeed.engine_optimizer import EngineOptimizer
@@ -63,16 +64,21 @@ def attach(engine: Any, *, state: Mapping[str, object] | None = None) -> "Hook":
     Raises UsageError for no engine, a block that is missing or wrong, an engine that is attached already or whose
     optimizer is not known; PolicyError; StateError for what cannot be saved, by name.
     """
-    if not all(hasattr(engine, name) for name in (*_REPLACED, "param_names", "module")):
-        raise UsageError(f"attach({type(engine).__name__}): this is no engine that deepspeed.initialize has made")
+    missing = [name for name in (*_REPLACED, "param_names", "module") if not hasattr(engine, name)]
+    if missing:
+        raise no_engine(type(engine).__name__, missing, getattr(sys.modules.get("deepspeed"), "__version__", None))
     if any(name in vars(engine) for name in _REPLACED):
         raise UsageError("this engine is attached already")
     _refuse(getattr(engine, "optimizer", None))
     advice = check_version(importlib.import_module("deepspeed").__version__)
     if advice is not None:
         _log.warning("%s", advice)
-    config = HookConfig.of(engine._config._param_dict)
-    return Hook(engine, config, state or {})
+    try:
+        return Hook(engine, HookConfig.of(engine._config._param_dict), state or {})
+    except AttributeError as error:
+        if advice is None:
+            raise
+        raise other_engine(error, advice) from error
 
 
 def _refuse(optimizer: Any) -> None:

@@ -75,7 +75,10 @@ def _launch(settings: Settings, scratch: Path) -> int:
         closes = ending.closes
         return ending.exit_code
     except SignalException as error:  # torch's handlers are there for a moment while workers are being started
-        return 128 + int(error.sigval)
+        code = 128 + int(error.sigval)
+        text = f"{signal.Signals(error.sigval).name} on {node_name()} while workers were being started: they are ended"
+        reporter.tell("stopped", f"{text} (exit code {code})", {"exit_code": code}, own=True)
+        return code
     finally:
         launcher.end()
         if closes:

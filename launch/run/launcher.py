@@ -12,6 +12,7 @@ weeks apart together, and lets lives share a store with the addresses of the dea
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -32,12 +33,22 @@ from torch.distributed.elastic.rendezvous import (
 from resilient.checkpoint.agent.address import node_name
 from resilient.checkpoint.events import VARIABLE as EVENTS
 from resilient.errors import LevelFailed
+from resilient.launch.run import tethered
 from resilient.launch.run.decide import PREEMPTED, REGROUP, Budget, Decision, Facts, decide, is_hung, start_patience_s
 from resilient.launch.run.life import History, Life, trouble
 from resilient.launch.run.notice import Notice, StopRequested
 from resilient.launch.run.options import Settings
 from resilient.launch.run.rendezvous import Agreed, Told, agree, announce_failure, announced_failure
-from resilient.launch.run.report import End, Reporter, end_text, exit_code_of, levels_text, restored_text, running_text
+from resilient.launch.run.report import (
+    End,
+    Reporter,
+    end_text,
+    exit_code_of,
+    known_text,
+    levels_text,
+    restored_text,
+    running_text,
+)
 from resilient.launch.run.workers import Workers
 
 _log = logging.getLogger("resilient")
@@ -93,6 +104,8 @@ class Launcher(LocalElasticAgent):
                 return Ending(exit_code=0, closes=False)
             except RendezvousClosedError:
                 return self._closed_by_others()
+            except LevelFailed as error:
+                raise LevelFailed(f"{self._node}: {error}{self._known()}") from error
             life = self._start(agreed)
             self._watch(life)
             decision = decide(self._facts(life), self._budget)
@@ -222,7 +235,7 @@ class Launcher(LocalElasticAgent):
         while (got := self._notice.take()) is not None:
             if life.stopping_s is None:
                 life.stopping_s = time.monotonic()
-                text = f"{got.name}: the job stops at its next save"
+                text = f"{got.name} on {self._node}: the job stops at its next save"
                 self._reporter.tell("stopping", text, {"signal": got.name}, own=True)
             life.workers.send(got if got in stops else stops[0])
 
@@ -257,12 +270,14 @@ class Launcher(LocalElasticAgent):
             safe=safe,
             problems=problems,
             failure=failure,
+            restored=self._history.restored,
             lost_steps=self._history.lost_steps,
             exit_code=code,
         )
         own = failure is not None and failure["node"] == self._node
         facts: dict[str, Any] = {"life": end.life, "step": end.step, "safe_step": safe, "problems": problems}
         facts |= {"reason": decision.reason, "failure": failure, "exit_code": code}
+        facts |= {"restored": self._history.restored, "steps_lost": self._history.lost_steps}
         self._reporter.tell(decision.action.value, end_text(end), facts, own=own)
         self._history.ended = ("the stop" if failure is None else "the failure", time.monotonic())
         if code in (0, PREEMPTED):
@@ -309,14 +324,19 @@ class Launcher(LocalElasticAgent):
     def _stopped_while_waiting(self) -> Ending:
         """Another node's launcher, or this one when it is started again, goes on from what there is."""
         got = self._notice.first or signal.SIGTERM
-        text = f"{got.name} while {self._node} waited for other nodes: nothing runs here (exit code {PREEMPTED})"
+        what = f"{got.name} while {self._node} waited for other nodes: nothing runs here"
+        text = f"{what}{self._known()} (exit code {PREEMPTED})"
         self._reporter.tell("stopped", text, {"exit_code": PREEMPTED}, own=True)
         return Ending(exit_code=PREEMPTED, closes=False)
 
     def _closed_by_others(self) -> Ending:
-        text = f"{self._node}: the job has ended on the other nodes, or one of them has given up (exit code 1)"
+        what = f"{self._node}: the job has ended on the other nodes, or one of them has given up"
+        text = f"{what}{self._known()} (exit code 1)"
         self._reporter.tell("closed", text, {"exit_code": 1}, own=True)
         return Ending(exit_code=1, closes=False)
+
+    def _known(self) -> str:
+        return known_text(self._history.restored, self._history.lost_steps)
 
 
 def _spec(settings: Settings, handler: RendezvousHandler) -> WorkerSpec:
@@ -324,4 +344,5 @@ def _spec(settings: Settings, handler: RendezvousHandler) -> WorkerSpec:
     config = settings.config
     given = {field.name: getattr(config, field.name) for field in fields(WorkerSpec) if hasattr(config, field.name)}
     given |= {"local_world_size": config.nproc_per_node, "rdzv_handler": handler}
-    return WorkerSpec(**given | {"entrypoint": settings.entrypoint, "args": settings.arguments})
+    command = (tethered.__file__, str(os.getpid()), settings.entrypoint, *settings.arguments)
+    return WorkerSpec(**given | {"entrypoint": sys.executable, "args": ("-I", "-S", *command)})

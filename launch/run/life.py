@@ -11,7 +11,7 @@ from typing import Any
 from resilient.checkpoint.events import Heard, read_events
 from resilient.launch.run.decide import PREEMPTED, REGROUP
 from resilient.launch.run.rendezvous import Agreed
-from resilient.launch.run.report import steps_lost
+from resilient.launch.run.report import levels_text, steps_lost
 from resilient.launch.run.workers import Workers
 
 
@@ -91,12 +91,15 @@ class History:
     joined: bool = False
     first_start_s: float | None = None
     ended: tuple[str, float] | None = None  # in a word, and when
+    restored: Mapping[str, Any] | None = None  # by the last life that did: `life`, `step`, `levels`
 
     def add(self, life: Life) -> None:
         self.lost_steps += self.lost_in(life) or 0
         self.joined = self.joined or life.joined_s is not None
         if self.first_start_s is None and life.joined_s is not None:
             self.first_start_s = life.joined_s - life.began_s
+        if life.restored is not None and life.restored.get("step") is not None:
+            self.restored = {"life": life.number, "step": life.restored["step"], "levels": levels_text(life.restored)}
         self.furthest = max((step for step in (self.furthest, life.step) if step is not None), default=None)
 
     def lost_in(self, life: Life) -> int | None:

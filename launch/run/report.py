@@ -44,7 +44,8 @@ class Reporter:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class End:
     """The end of a life. `step`: its last save; `safe`: the step that the ranks stopped with, if they stopped, and
-    `problems`, why it may not be safe; `lost_steps`: in all lives; `exit_code`: of the launcher, if it ends.
+    `problems`, why it may not be safe; `restored`: what the last life that restored anything began with (`life`,
+    `step`, `levels`); `lost_steps`: in all lives; `exit_code`: of the launcher, if it ends.
     """
 
     life: int
@@ -53,6 +54,7 @@ class End:
     safe: int | None = None
     problems: Sequence[str] = ()
     failure: Mapping[str, Any] | None = None
+    restored: Mapping[str, Any] | None = None
     lost_steps: int = 0
     exit_code: int | None = None
 
@@ -61,10 +63,11 @@ def end_text(end: End) -> str:
     """What happened, and what comes next."""
     action, reason = end.decision.action, end.decision.reason
     at = "before its first save" if end.step is None else f"at step {end.step}"
-    code = f" (exit code {end.exit_code})"
+    known = known_text(end.restored, end.lost_steps)
+    code = f"{known} (exit code {end.exit_code})"
     if action is Action.DONE:
-        lives = f" after {end.life + 1} lives, {number_of(end.lost_steps, 'step')} lost in all" if end.life else ""
-        return f"the job ended well{'' if end.step is None else f' {at}'}{lives}"
+        lives = f" after {end.life + 1} lives" if end.life else ""
+        return f"the job ended well{'' if end.step is None else f' {at}'}{lives}{known}"
     if action is Action.PREEMPTED:
         safe = reason if end.safe is None else f"the job stopped {at}, and step {end.safe} is safe"
         if end.problems:
@@ -78,6 +81,14 @@ def end_text(end: End) -> str:
     if action is Action.GIVE_UP:
         return f"life {end.life} ended {at}: {what}: giving up{code}"
     return f"life {end.life} ended {at}: {what}: starting again"
+
+
+def known_text(restored: Mapping[str, Any] | None, lost_steps: int) -> str:
+    """ "; life 2 began at step 7 from memory, 1 step lost in all": what every last line ends with."""
+    if restored is None:
+        return f"; nothing was restored, {number_of(lost_steps, 'step')} lost in all"
+    began = f"life {restored['life']} began at step {restored['step']} from {restored['levels']}"
+    return f"; {began}, {number_of(lost_steps, 'step')} lost in all"
 
 
 def running_text(

@@ -174,9 +174,9 @@ class Agents:
         return "\n".join(path.read_text(errors="replace") for path in self.runtime_dir.rglob("agent.log*"))
 
     def shared_memory(self, pid: int) -> list[Path]:
-        """The agent's memory files, as paths that can be opened."""
+        """The agent's memory files, as paths that can be opened: those of huge pages, and others."""
         found = sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda path: int(path.name))
-        return [path for path in found if str(path.resolve()).startswith("/memfd:resilient-")]
+        return [path for path in found if str(path.resolve()).startswith(("/resilient-rank", "/memfd:resilient-rank"))]
 
     def _is_ours(self, pid: int) -> bool:
         try:

@@ -1,5 +1,6 @@
 """State that changes when it should not, and structure that changes when it may: right, or a clear failure."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,3 +129,45 @@ def test_a_layer_and_a_group_that_appear_between_saves_are_saved_and_restored(
     grow(again)
     assert checkpointer(tmp_path / "url", again.state, durable_every=0).restore() == 5
     assert differing(again.tensors(), training.tensors()) == []
+
+
+@pytest.mark.parametrize("layers", [1, 4, 6, 8, 12])
+def test_a_state_that_shrinks_or_grows_is_saved_at_once_and_keeps_to_its_new_budget(
+    layers: int, checkpointer: Make, tmp_path: Path
+) -> None:
+    model = nn.ModuleList([nn.Linear(300, 300) for _ in range(8)])
+    saving = checkpointer(tmp_path / "url", {"model": model}, durable_every=0, fence_timeout_s=5.0)
+    for step in (1, 2, 3):
+        saving.save(step).durable("memory").result(LONG_S)
+    saving.fence()
+    del model[layers:]
+    model.extend([nn.Linear(300, 300) for _ in range(layers - len(model))])
+    for step in (4, 5, 6):
+        assert saving.save(step).durable("memory").result(LONG_S) == step
+    image_bytes = saving._link.client().images()[-1].image_bytes
+    assert saving._link.client().status()["bytes"] <= 2.1 * image_bytes + 2 * 65536
+    saving.close(keep_memory=True)
+    again = nn.ModuleList([nn.Linear(300, 300) for _ in range(layers)])
+    assert checkpointer(tmp_path / "url", {"model": again}, durable_every=0).restore() == 6
+    assert differing(dict(again.named_parameters()), dict(model.named_parameters())) == []
+
+
+def test_buffers_of_an_earlier_structure_are_unmapped_without_waiting_for_the_garbage_collector(
+    checkpointer: Make, tmp_path: Path
+) -> None:
+    model = nn.ModuleList([nn.Linear(300, 300) for _ in range(4)])
+    saving = checkpointer(tmp_path / "url", {"model": model}, durable_every=0)
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(1, 13):
+            saving.fence()
+            if step % 2:
+                model.extend([nn.Linear(300, 300) for _ in range(4)])
+            else:
+                del model[4:]
+            assert saving.save(step).durable("memory").result(LONG_S) == step
+        assert saving.statistics.plans == 12
+        assert len(saving._link.client()._mappings) <= 3
+    finally:
+        gc.enable()

@@ -33,10 +33,11 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.parametrize("width", [32, 320], ids=["small images", "images in huge pages"])
 def test_a_thousand_saves_leave_memory_descriptors_threads_and_shared_memory_as_they_were(
-    checkpointer: Make, agents: Agents, tmp_path: Path, eventually: Callable[..., None]
+    width: int, checkpointer: Make, agents: Agents, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
-    training = Training()
+    training = Training(width)
     saving = checkpointer(
         tmp_path / "url", training.state, durable_every=100, local=str(tmp_path / "local"), local_every=50
     )

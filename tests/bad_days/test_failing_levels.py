@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from torch import nn
 
 from resilient.errors import LevelFailed, SnapshotSkipped
 from tests.bad_days.conftest import Make
@@ -150,6 +151,24 @@ def test_wait_stalls_at_the_fence_and_loses_no_snapshot(checkpointer: Make, stal
     assert handles[-1].durable("durable").result(LONG_S) == 6
     flowing.join()
     assert max(saving.statistics.fence_seconds) > 0.5, "it did not wait: the test shows nothing"
+    assert saving.close() == []
+
+
+def test_a_state_that_shrinks_while_its_last_images_are_being_written_waits_for_room_and_loses_no_snapshot(
+    checkpointer: Make, stall: Path, tmp_path: Path
+) -> None:
+    model = nn.ModuleList([nn.Linear(300, 300) for _ in range(8)])
+    saving = checkpointer(f"stalling://{tmp_path}/url", {"model": model}, durable_every=1)
+    stall.touch()
+    handles = [saving.save(step) for step in (1, 2)]
+    assert [handle.durable("memory").result(LONG_S) for handle in handles] == [1, 2]
+    saving.fence()
+    del model[6:]
+    flowing = threading.Timer(1.5, stall.unlink)
+    flowing.start()
+    handles.append(saving.save(3))
+    assert [handle.durable("durable").result(LONG_S) for handle in handles] == [1, 2, 3]
+    flowing.join()
     assert saving.close() == []
 
 

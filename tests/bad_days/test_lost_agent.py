@@ -55,8 +55,8 @@ def test_an_agent_killed_in_mid_capture_fails_that_handle_with_agent_lost_and_no
         saving.save(step + 2).durable("memory").result(LONG_S)
     assert lost >= 1, "no kill fell into a capture: the test shows nothing"
     eventually(lambda: len(list(Path("/proc/self/fd").iterdir())) <= descriptors, "descriptors of dead agents closed")
-    mapped = Path("/proc/self/maps").read_text()
-    assert mapped.count("memfd:resilient-") <= 2 * 2, "memory of dead agents is still mapped"
+    mapped = Path("/proc/self/maps").read_text().count("resilient-rank")
+    assert 1 <= mapped <= 2 * 2, "memory of dead agents is still mapped"
 
 
 def test_an_agent_killed_while_it_writes_fails_that_level_and_a_later_step_is_written(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from resilient.errors import LevelFailed, NotACheckpoint, UrlInUse
+from resilient.errors import LayoutMismatch, LevelFailed, NotACheckpoint, UrlInUse
 from tests.bad_days.conftest import Agents, Make, Trainers
-from tests.bad_days.training import Training
+from tests.bad_days.training import Training, differing, undisturbed
 
 LONG_S = 30.0
 
@@ -70,7 +70,37 @@ def test_a_killed_job_is_succeeded_at_once(
     loading = checkpointer(tmp_path / "url", training.state, durable_every=1, run_id=run_id)
     assert loading.restore() == 1
     assert time.monotonic() - began < 10.0
+    assert loading.last_restore is not None
+    own = (killed, run_id) == ("trainer", "first")
+    assert loading.last_restore.levels == {0: "memory" if own else "durable"}, "another run's memory"
     assert training.run(2, 2, loading)[-1].durable("durable").result(LONG_S) == 2
+
+
+def test_memory_goes_to_no_other_run_and_to_no_other_model(
+    checkpointer: Make, trainers: Trainers, tmp_path: Path
+) -> None:
+    child = trainers.start("train", url=str(tmp_path / "url"), steps=10_000, durable_every=0, run_id="first")
+    child.until_told("complete 3")
+    child.kill()
+    training = Training(seed=6)
+    before = training.tensors()
+    other_run = checkpointer(tmp_path / "url", training.state, durable_every=0, run_id="second")
+    assert other_run.restore() is None
+    assert differing(training.tensors(), before) == []
+    other_run.close()
+    larger = Training(width=48, seed=6)
+    before = larger.tensors()
+    other_model = checkpointer(tmp_path / "url", larger.state, durable_every=0, run_id="first")
+    with pytest.raises(LayoutMismatch, match="'model.0.weight'"):
+        other_model.restore()
+    assert differing(larger.tensors(), before) == []
+    other_model.close(keep_memory=True)
+    again = Training(seed=8)
+    loading = checkpointer(tmp_path / "url", again.state, durable_every=0, run_id="first")
+    step = loading.restore()
+    assert step is not None
+    assert step >= 3, "the memory is gone, although it fits this job"
+    assert differing(again.tensors(), undisturbed(step)) == []
 
 
 def test_a_url_that_is_a_file_is_refused_and_left_as_it_is(checkpointer: Make, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import resilient
-from resilient.checkpoint.checkpointer import Protected
+from resilient.checkpoint.protected import Protected
 from resilient.policy import Policy
 from tests.bad_days.conftest import Agents, Make, Trainers
 from tests.bad_days.training import Training, differing, undisturbed
@@ -20,7 +22,7 @@ from tests.bad_days.training import Training, differing, undisturbed
 LONG_S = 30.0
 
 
-def protect(training: Training, url: Path, **state: Any) -> Protected:
+def protect(training: "Training | Recipe", url: Path, **state: Any) -> Protected:
     return resilient.protect(training.model, training.optimizer, str(url), policy=Policy(durable_every=0), **state)
 
 
@@ -74,6 +76,125 @@ def test_a_step_that_the_scaler_skips_is_no_step_and_its_scale_is_restored(agent
         assert protected.step == 2
         assert other.get_scale() == 512.0
         assert differing(again.tensors(), expected) == []
+
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Numbers(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((8,), index / 100)
+
+
+class Recipe:
+    """All that changes around a step: scaler, scheduler, average after it, a shuffled loader, dropout before it."""
+
+    def __init__(self, seed: int, width: int = 8) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(8, width), nn.Dropout(0.3), nn.Linear(width, width))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
+        self.others: dict[str, Any] = {
+            "scheduler": torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.5),
+            "scaler": torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3),
+            "loader": StatefulDataLoader(Numbers(), batch_size=4, shuffle=True),
+            "average": torch.optim.swa_utils.AveragedModel(self.model),
+            "progress": {"loss": 0.0},
+        }
+
+    def train(self, steps: int, forward: Forward | None = None, *, interrupted: bool = False) -> list[Any]:
+        """What each step was trained on and with, and what it left. An interruption comes in the middle of the next."""
+        batches, scaler, did = iter(self.others["loader"]), self.others["scaler"], []
+        for _ in range(steps):
+            batch = next(batches)
+            self.optimizer.zero_grad()
+            loss = (forward or self.model)(batch).square().mean()
+            scaler.scale(loss).backward()
+            self.others["progress"]["loss"] += loss.item()
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.others["scheduler"].step()
+            self.others["average"].update_parameters(self.model)
+            average = sum(parameter.double().sum().item() for parameter in self.others["average"].parameters())
+            rate, tracker = self.optimizer.param_groups[0]["lr"], scaler._get_growth_tracker()
+            did.append((batch[:, 0].tolist(), loss.item(), rate, scaler.get_scale(), tracker, average))
+        if interrupted:
+            (forward or self.model)(next(batches))
+            raise KeyboardInterrupt
+        return [*did, dict(self.others["progress"])]
+
+
+def by_the_model(recipe: Recipe) -> None:
+    return None
+
+
+def past_the_model(recipe: Recipe) -> Forward:
+    """Its parts are called, so nobody sees the step begin before the optimizer's."""
+    first, drop, last = recipe.model
+    return lambda batch: last(drop(first(batch)))
+
+
+def by_the_compiled_model(recipe: Recipe) -> None:
+    """The compiler sees what is hooked to the model."""
+    recipe.model.compile(backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
+@pytest.mark.parametrize("forward_of", [by_the_model, past_the_model, by_the_compiled_model])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_protected_job_goes_on_bit_for_bit_with_what_changes_after_the_step(
+    forward_of: Callable[[Recipe], Any], steps: int, agents: Agents, tmp_path: Path
+) -> None:
+    def protect_it(recipe: Recipe) -> Protected:
+        policy = Policy(durable_every=0)
+        return resilient.protect(recipe.model, recipe.optimizer, str(tmp_path / "url"), policy=policy, **recipe.others)
+
+    expected = Recipe(1).train(8)
+
+    def interrupted() -> None:
+        recipe = Recipe(1)
+        with protect_it(recipe):
+            recipe.train(steps, forward_of(recipe), interrupted=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    again = Recipe(2)
+    with protect_it(again) as protected:
+        assert protected.step == steps
+        assert again.train(8 - steps, forward_of(again)) == expected[steps:]
+        assert protected.checkpointer.statistics.saves == 8 - steps - 1, "the last step waits for the next to begin"
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_save_that_is_begun_by_the_optimizer_itself_is_over_before_anything_changes(
+    agents: Agents, tmp_path: Path
+) -> None:
+    recipe = Recipe(1, width=1500)  # 27 MB
+    with protect(recipe, tmp_path / "url", **recipe.others) as protected:
+        recipe.train(6, past_the_model(recipe))
+        assert protected.close() == []
+        assert protected.checkpointer.statistics.failures == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # the compiler imports what torch deprecates
+def test_a_compiled_step_of_the_optimizer_is_fenced_and_saved_as_any_other(agents: Agents, tmp_path: Path) -> None:
+    def trained(training: Training) -> dict[str, torch.Tensor]:
+        torch.compiler.reset()
+        step = torch.compile(training.optimizer.step, backend="eager")
+        for _ in range(5):
+            training.model(torch.randn(2, training.width)).square().mean().backward()
+            step()
+            training.optimizer.zero_grad()
+        return training.tensors()
+
+    expected, training = trained(Training(width=600)), Training(width=600)
+    with protect(training, tmp_path / "url") as protected:
+        assert differing(trained(training), expected) == []
+        assert protected.step == protected.checkpointer.statistics.saves == 5
+        assert protected.close() == []
+        assert protected.checkpointer.statistics.failures == 0
 
 
 def test_a_capture_may_last_over_the_micro_steps_of_an_accumulation(checkpointer: Make, tmp_path: Path) -> None:

@@ -219,3 +219,28 @@ def test_training_goes_on_when_no_buffer_comes(bench: Bench) -> None:
     slow.close()
     assert 1 in bench.failed
     assert not bench.captured
+
+
+class Broken(PlainBuffers):
+    """Its first image cannot be begun, and not be given up either."""
+
+    def begin(self, buffer: Buffer, step: int) -> None:
+        if step == 1:
+            raise TypeError("begin")
+
+    def abort(self, buffer: Buffer | None, step: int, reason: str) -> None:
+        raise TypeError("abort")
+
+
+def test_a_mistake_in_giving_up_one_image_does_not_end_the_capture_of_later_ones() -> None:
+    buffers, captured, failed = Broken(), list[int](), dict[int, ResilientError]()
+    capture = Capture(buffers, threads=1, fence_timeout_s=30, on_captured=captured.append, on_failed=failed.__setitem__)
+    capture.start()
+    bench = Bench(buffers, capture, captured, failed)
+    plan = make_plan(walk({"model": nn.Linear(8, 8)}), rank=0)
+    for step in (1, 2):
+        capture.submit(bench.job(plan, step))
+        bench.finish()
+    capture.close()
+    assert "begin" in str(failed.pop(1))
+    assert (captured, failed) == ([2], {})

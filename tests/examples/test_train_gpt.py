@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # the examples are no installed package
 
@@ -294,3 +296,27 @@ def test_the_demo_gives_no_percentage_that_the_machine_could_have_made() -> None
 )
 def test_the_demo_says_what_is_missing(resumed: demo.Run, complaint: str) -> None:
     assert complaint in "; ".join(demo.compare(a_run(), resumed))
+
+
+def shown_by_the_demo(*, terminal: bool) -> str:
+    console = Console(file=StringIO(), force_terminal=terminal, width=100)
+    with demo.progress(console, 40) as tell:
+        for life, first in ((0, 1), (1, 15)):
+            for number in range(first, 41 if life else 18):
+                tell(a_step(number, life))
+                tell(a_step(number, life))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_the_demo_shows_a_bar_on_a_terminal_and_a_line_now_and_then_in_a_log() -> None:
+    bar = shown_by_the_demo(terminal=True)
+    assert "━" in bar
+    assert "40/40" in bar
+    assert "life 1" in bar
+    lines = shown_by_the_demo(terminal=False).splitlines()
+    assert [line.split(",")[0].strip() for line in lines[:4]] == ["step 4/40", "step 8/40", "step 12/40", "step 16/40"]
+    assert lines[4].startswith("    step 15/40, loss ")
+    assert lines[4].endswith(", life 1")
+    assert len(lines) == 4 + 1 + 7, lines
+    assert "\x1b" not in "".join(lines)

@@ -1,12 +1,8 @@
 """Parity made on the device: kernel and plain torch against the host's codec, bit for bit. `make test-gpu`.
 
-The last test runs the kernel in Triton's interpreter, which needs Triton but no GPU.
+The kernel without a device: tests/ec/test_gpu_kernel.py.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from itertools import combinations
 
 import pytest
@@ -74,25 +70,3 @@ def test_the_work_keeps_its_place_in_the_stream_and_the_host_does_not_wait() -> 
     stream.synchronize()
     check(codec, data, parity)
     assert all(torch.equal(one, other) for one, other in zip(after, parity, strict=True))
-
-
-INTERPRETED = """
-import torch
-from resilient.ec import gpu, gpu_kernel
-from resilient.ec.codec import Codec
-from resilient.ec.matrix import parity_matrix
-for k, m in ((1, 1), (3, 1), (5, 4), (3, 6)):
-    for nbytes in (0, 3, 4, 2047, 2048, 2053):
-        data = list(torch.randint(0, 256, (k, nbytes), dtype=torch.uint8))
-        ours, theirs = (list(torch.full((m, nbytes), 7, dtype=torch.uint8)) for _ in range(2))
-        gpu.combine_by(gpu_kernel, parity_matrix(k, m), data, ours)
-        Codec(k, m).encode(data, theirs)
-        assert all(map(torch.equal, ours, theirs)), (k, m, nbytes)
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which comes with torch for CUDA")
-def test_the_kernel_gives_the_same_bytes_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -1,5 +1,7 @@
 """`resilient ls` and `inspect`, and how the command line behaves as a whole."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -109,6 +111,16 @@ def test_wrong_usage_ends_with_2_and_damage_with_1(durable: Path, resilient: Res
 
 def test_debug_shows_the_traceback(tmp_path: Path, resilient: Resilient) -> None:
     assert "Traceback" in resilient("--debug", "ls", tmp_path / "nowhere").err
+
+
+def test_numbers_that_json_does_not_have_are_words(resilient: Resilient, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=math.inf)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "least": [math.nan, -math.inf]}
+    torch.save(state, tmp_path / "odd.pt")
+    done = resilient("inspect", "--json", tmp_path / "odd.pt")
+    found = json.loads(done.out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["groups"]["optimizer"][0]["lr"] == "infinity"
 
 
 @pytest.mark.parametrize("reader", ["head -c 10", "true"])

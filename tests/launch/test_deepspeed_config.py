@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from resilient.errors import DamagedImage, PolicyError, UsageError
-from resilient.launch.deepspeed.config import HookConfig, check_version
+from resilient.launch.deepspeed.config import HookConfig, check_version, no_engine
 from resilient.launch.deepspeed.folder import Looked, Notes, Tag, look
 from resilient.launch.deepspeed.loading import choose
 
@@ -58,6 +58,12 @@ def test_a_version_that_is_not_tested_is_named_with_the_one_to_install() -> None
     said = check_version("0.16.2") or ""
     assert "0.16.2" in said
     assert "pip install 'torch-resilient[deepspeed]'" in said
+
+
+def test_an_engine_of_another_version_is_not_taken_for_something_else() -> None:
+    error = no_engine("DeepSpeedEngine", ["_take_model_step"], "0.20.1")
+    assert "it has no _take_model_step; DeepSpeed 0.20.1 is not tested" in str(error)
+    assert str(no_engine("Linear", ["destroy"], "0.19.8")).endswith("it has no destroy")
 
 
 def test_without_deepspeed_the_message_says_what_to_install() -> None:

@@ -34,23 +34,34 @@ def test_the_end_of_a_life_is_told_with_rank_host_and_what_comes_next() -> None:
     )
     failure = {**FAILURE, "exit_code": 1, "host": "n2", "message": "ValueError: x"}
     assert an_end(Action.GIVE_UP, failure=failure, exit_code=1) == (
-        "life 2 ended before its first save: rank 3 on n2 failed with exit code 1 (ValueError: x); because: giving up "
-        "(exit code 1)"
+        "life 2 ended before its first save: rank 3 on n2 failed with exit code 1 (ValueError: x); because: giving up; "
+        "nothing was restored, 0 steps lost in all (exit code 1)"
     )
 
 
 def test_a_stop_names_the_step_that_is_safe_not_the_one_that_was_under_way() -> None:
     text = an_end(Action.PREEMPTED, step=9, safe=8, exit_code=75)
-    assert text == "the job stopped at step 9, and step 8 is safe: start the same command again to go on (exit code 75)"
+    assert text.startswith("the job stopped at step 9, and step 8 is safe: start the same command again to go on; ")
     unsafe = an_end(Action.PREEMPTED, step=9, safe=8, problems=["rank 1, durable: not in time"], exit_code=75)
     assert "but step 8 may not be safe (rank 1, durable: not in time)" in unsafe
     assert an_end(Action.REGROUP, step=9) == "life 2 stopped at step 9, to go on with other nodes"
-    assert an_end(Action.STOPPED, step=9, exit_code=143) == "the job was stopped at step 9: because (exit code 143)"
+    assert an_end(Action.STOPPED, step=9, exit_code=143).startswith("the job was stopped at step 9: because; ")
 
 
-def test_a_good_end_says_what_it_cost() -> None:
-    assert an_end(Action.DONE, step=9, lost_steps=1) == "the job ended well at step 9 after 3 lives, 1 step lost in all"
-    assert an_end(Action.DONE) == "the job ended well after 3 lives, 0 steps lost in all"
+@pytest.mark.parametrize("action", [Action.DONE, Action.PREEMPTED, Action.STOPPED, Action.GIVE_UP])
+def test_every_last_line_says_what_was_restored_from_where_and_what_was_lost(action: Action) -> None:
+    code = "" if action is Action.DONE else " (exit code 9)"
+    restored = {"life": 1, "step": 7, "levels": "memory (2 ranks) and parity (1 rank)"}
+    text = an_end(action, step=9, restored=restored, lost_steps=1, exit_code=9)
+    known = "; life 1 began at step 7 from memory (2 ranks) and parity (1 rank), 1 step lost in all"
+    assert text.endswith(known + code)
+    nothing = "; nothing was restored, 2 steps lost in all"
+    assert an_end(action, step=9, lost_steps=2, exit_code=9).endswith(nothing + code)
+
+
+def test_a_good_end_says_after_how_many_lives() -> None:
+    assert an_end(Action.DONE, step=9).startswith("the job ended well at step 9 after 3 lives; ")
+    assert an_end(Action.DONE).startswith("the job ended well after 3 lives; ")
 
 
 def test_trouble_of_a_node_is_told_in_its_words() -> None:

@@ -150,6 +150,7 @@ def save(folder: str, kind: str, *how: Any) -> Held:
     from resilient.launch.deepspeed import attach
 
     engine, step = MAKERS[kind](f"{folder}/run", 1, *how)
+    assert engine.zero_cpu_offload() == bool(how[-1])
     hook = attach(engine)
     for number in range(SAVED_AT):
         step(number)
@@ -193,9 +194,12 @@ def _held(engine: Any) -> tuple[dict[str, Any], dict[str, tuple[int, list[float]
 
 
 def _rest(zero: int) -> dict[str, Any]:
+    """ZeRO-1 with its optimizer in host memory, or ZeRO-0."""
+    offload = {"offload_optimizer": {"device": "cpu"}} if zero else {}
     return {
         "steps_per_print": 1000,
-        "zero_optimization": {"stage": zero},
+        "zero_optimization": {"stage": zero, **offload},
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bool(zero)},
     }
 

@@ -19,6 +19,10 @@ OFFLOAD: Mapping[str, Any] = {
     "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
     "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler
 }
+OFFLOAD_ALL: Mapping[str, Any] = {
+    **OFFLOAD,
+    "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,11 @@ class Way:
     def name(self) -> str:
         offload = "-offload" if self.blocks else ""
         return f"zero{self.stage}-{self.dtype}-{self.optimizer}{offload}"
+
+    @property
+    def overflows(self) -> tuple[int, ...]:
+        """Steps that are skipped, one before and one after the last checkpoint: the second lowers the loss scale."""
+        return (1, SAVED_AT + 1) if self.dtype == "float16" else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +79,14 @@ def train_and_die(folder: str, ways: list[Way]) -> None:
 
         attach(engine)
         for step in range(SAVED_AT):
-            train(engine, range(step, step + 1))
+            train(engine, range(step, step + 1), way.overflows)
             engine.save_checkpoint(f"{place}/out", client_state={"note": way.name, "seen": step})
             held = live(engine, states_of(way.optimizer))  # before the next step, as the snapshot has to be
             if dist.get_rank() == 0:
                 torch.save(held, place / f"live_{step + 1}.pt")
-        losses, facts = train(engine, range(SAVED_AT, SAVED_AT + 3)), _facts(engine)
+        facts = {"loaded": _facts(engine)}
+        losses = train(engine, range(SAVED_AT, SAVED_AT + 3), way.overflows)
+        facts["after"] = _facts(engine)
         if dist.get_rank() == 0:
             torch.save({"losses": losses, "facts": facts}, place / "after.pt")
     dist.barrier()
@@ -104,23 +115,25 @@ def resume_all(folder: str, pairs: list[tuple[Way, Way]], keep_memory: bool) -> 
             assert client is not None
             assert done is not None
             held = jobs._listed(live(engine, states_of(way.optimizer)))
-            facts = {
-                "groups": [[group["lr"], group["weight_decay"]] for group in engine.optimizer.param_groups],
-                "steps": engine.global_steps,
-                "samples": engine.global_samples,
-                "epoch": engine.lr_scheduler.last_epoch,
-            }
-            losses = train(engine, range(SAVED_AT, SAVED_AT + 3))
-            facts |= {"after": _facts(engine)}
+            facts = {"loaded": _facts(engine)}
+            losses = train(engine, range(SAVED_AT, SAVED_AT + 3), way.overflows)
+            facts["after"] = _facts(engine)
             found.append(Resumed(held, losses, client, path, dict(done.levels), facts))
             hook.close(keep_memory=keep_memory)
     return found
 
 
 def _facts(engine: Any) -> dict[str, Any]:
-    """The loss scale, which changes on the way."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {"scale": getattr(scaler, "cur_scale", None), "skipped": engine.skipped_steps}
+    """Hyperparameters and counters; the loss scale changes on the way."""
+    optimizer = engine.optimizer
+    return {
+        "groups": [[group["lr"], group["weight_decay"]] for group in optimizer.param_groups],
+        "steps": engine.global_steps,
+        "samples": engine.global_samples,
+        "epoch": engine.lr_scheduler.last_epoch,
+        "scale": getattr(optimizer, "loss_scale", None),
+        "skipped": engine.skipped_steps,
+    }
 
 
 # ---- a step that follows at once
@@ -141,7 +154,7 @@ class Wide(nn.Module):
 
 
 def step_at_once(folder: str, stages: list[int]) -> dict[int, tuple[list[str], list[str]]]:
-    """With each stage: save when the gradients are ready, and step at once; so three times.
+    """With each stage, ZeRO-2 with offload: save when the gradients are ready, and step at once; so three times.
 
     By stage the digests of what the engine held before each step, and what failed.
     """
@@ -155,7 +168,8 @@ def step_at_once(folder: str, stages: list[int]) -> dict[int, tuple[list[str], l
             "steps_per_print": 1000,
             "bf16": {"enabled": True},
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": stage},
+            **OFFLOAD,
+            "zero_optimization": {"stage": stage, **(OFFLOAD["zero_optimization"] if stage == 2 else {})},
             **block(f"{folder}/{stage}"),
         }
         model = Wide()

@@ -1,14 +1,20 @@
 """What a program does with an engine whose checkpoints are ours: each a short job, for `test_deepspeed_hook_use.py`."""
 
 import os
+import shutil
+import signal
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from resilient.errors import LayoutMismatch, Preempted, StateError, UsageError
+from tests.bad_days.conftest import Agents
 from tests.multiprocess import deepspeed_jobs as jobs
 from tests.multiprocess.deepspeed_hook_jobs import block
 from tests.multiprocess.deepspeed_jobs import live, states_of, train, training
@@ -58,6 +64,118 @@ def moves_over(folder: str) -> Facts:
         "named": [_name(named[0]), named[1]],
         "back": back,
     }
+
+
+def loss_scale_moves_over(folder: str) -> Facts:
+    """From DeepSpeed's own checkpoint with fp16: of two overflows the second one lowers the scale."""
+    from resilient.launch.deepspeed import attach
+
+    found = {}
+    for stage in (0, 1):
+        ends = []
+        for ours in (False, True):
+            how = block(f"{folder}/run_{stage}") if ours else {}
+            with training(stage, "float16", seed=1 + ours, blocks=how) as engine:
+                if ours:
+                    attach(engine)
+                    engine.load_checkpoint(f"{folder}/out_{stage}")
+                else:
+                    train(engine, range(3), overflows=(1,))
+                    engine.save_checkpoint(f"{folder}/out_{stage}")
+                scales = [engine.optimizer.loss_scale, engine.skipped_steps]
+                train(engine, range(3, 6), overflows=(4,))
+                ends.append([*scales, engine.optimizer.loss_scale, engine.skipped_steps])
+        found[str(stage)] = ends
+    return found
+
+
+def a_rank_is_late(folder: str) -> Facts:
+    """Two nodes; the agent of the second stands still while the first has long written its part."""
+    here = {"RESILIENT_NODE": f"late{dist.get_rank()}", "RESILIENT_RUNTIME_DIR": tempfile.mkdtemp(prefix="rs-")}
+    before = {name: os.environ.get(name) for name in here}
+    os.environ.update(here)
+    try:
+        with attached(f"{folder}/run") as (engine, hook):
+            train(engine, range(1))
+            engine.save_checkpoint(f"{folder}/out")
+            told = [_latest(folder, "global_step1", 60)]
+            dist.barrier()
+            train(engine, range(1, 2))
+            [agent] = Agents(Path(here["RESILIENT_RUNTIME_DIR"])).pids()
+            if dist.get_rank() == 1:
+                os.kill(agent, signal.SIGSTOP)
+            engine.save_checkpoint(f"{folder}/out")
+            end = time.monotonic() + 60
+            while not list(Path(f"{folder}/run/step_00000002").glob("*.safetensors")) and time.monotonic() < end:
+                time.sleep(0.02)
+            parts = len(list(Path(f"{folder}/run/step_00000002").glob("*.safetensors")))
+            told.append(_latest(folder, "global_step2", 1))
+            dist.barrier()
+            os.kill(agent, signal.SIGCONT)
+            told.append(_latest(folder, "global_step2", 60))
+            problems = hook.close()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        shutil.rmtree(here["RESILIENT_RUNTIME_DIR"], ignore_errors=True)
+    return {"parts": parts, "told": told, "problems": problems}
+
+
+def _latest(folder: str, expected: str, patience_s: float) -> str:
+    """What `latest` says: when it says what is expected, or the time is over."""
+    path, end = Path(f"{folder}/out/latest"), time.monotonic() + patience_s
+    while (told := path.read_text() if path.exists() else "") != expected and time.monotonic() < end:
+        time.sleep(0.02)
+    return told
+
+
+def with_accelerate(folder: str) -> Facts:
+    """Accelerate makes the engine, and is asked to save and load by its own names."""
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+    from accelerate.state import AcceleratorState
+
+    from resilient.launch.deepspeed import attach_when_prepared
+
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 2},
+        **block(f"{folder}/run"),
+    }
+    ends, losses = [], []
+    jobs.prepare()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": str(dist.get_world_size())}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")  # by itself Accelerate knows no ranks of DeepSpeed on CPUs
+    for seed in (1, 2):
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed))
+        attach_when_prepared(accelerator)
+        model = jobs.Network(seed)
+        engine, optimizer = accelerator.prepare(model, torch.optim.AdamW(jobs.groups(model)))
+        path, _ = engine.load_checkpoint(f"{folder}/out")
+        losses.append(_trained(accelerator, engine, optimizer, range(2 * seed - 2, 2 * seed)))
+        engine.save_checkpoint(f"{folder}/out")
+        ends.append([_name(path), engine.global_steps])
+        engine.resilient.close(keep_memory=True)
+        engine.destroy()
+        AcceleratorState._reset_state()
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    return {"ends": ends, "losses": losses}
+
+
+def _trained(accelerator: Any, engine: Any, optimizer: Any, steps: range) -> list[float]:
+    """Accelerate's own loop, in which it calls the engine's `backward` and `step`."""
+    losses = []
+    for step in steps:
+        tokens = torch.randint(0, jobs.VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(step))
+        loss = torch.nn.functional.cross_entropy(engine(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def weights_alone(folder: str) -> Facts:
@@ -159,6 +277,12 @@ def refused(folder: str) -> Facts:
     with training(1, "float32", blocks=block(f"{folder}/run", every_steps=True)) as engine:
         unknown = _error(lambda: attach(engine))
         untouched = "save_checkpoint" not in vars(engine)
+    with training(1, "float32", blocks=block(f"{folder}/run")) as engine:
+        deepspeed, kept = jobs.prepare(), engine.optimizer.real_dp_process_group
+        tested, deepspeed.__version__ = deepspeed.__version__, "0.99.1"
+        del engine.optimizer.real_dp_process_group  # as if it had another name there
+        other = _error(lambda: attach(engine))
+        deepspeed.__version__, engine.optimizer.real_dp_process_group = tested, kept
     with attached(f"{folder}/run") as (engine, hook):
         twice = _error(lambda: attach(engine))
         taken = _error(lambda: type(hook)(engine, hook._config, {"model": engine.module}))
@@ -175,6 +299,7 @@ def refused(folder: str) -> Facts:
         "without": without,
         "unknown": unknown,
         "untouched": untouched,
+        "other": other,
         "twice": twice,
         "taken": taken,
         "nothing": nothing,
@@ -224,7 +349,19 @@ def preempted(folder: str) -> Facts:
 
 
 JOBS: Mapping[str, Callable[[str], Facts]] = {
-    job.__name__: job for job in (moves_over, weights_alone, every_step, asked_often, names, refused, preempted)
+    job.__name__: job
+    for job in (
+        moves_over,
+        loss_scale_moves_over,
+        a_rank_is_late,
+        with_accelerate,
+        weights_alone,
+        every_step,
+        asked_often,
+        names,
+        refused,
+        preempted,
+    )
 }
 
 

@@ -6,10 +6,11 @@ tied weights, groups with hyperparameters of their own, and shapes that no numbe
 
 import gc
 import logging
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,22 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
+def fused(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """For DeepSpeed a FusedAdam, which it gives a flat master for each group; it computes as torch's, uncompiled."""
+    from deepspeed.ops.adam import FusedAdam
+
+    class Uncompiled(FusedAdam):  # type: ignore[misc]
+        def __init__(self, parameters: Any, defaults: Any) -> None:
+            torch.optim.Optimizer.__init__(self, parameters, defaults)
+
+    class Fused(torch.optim.AdamW, Uncompiled):
+        pass
+
+    return Fused(groups, betas=(0.9, 0.98))
+
+
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] = {
+    "fused": fused,
     "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.98)),
     "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
     "rmsprop": lambda groups: torch.optim.RMSprop(groups, momentum=0.5, centered=True),
@@ -162,15 +178,15 @@ def _let_fp16_be() -> None:
     kind.is_fp16_supported = lambda self: True
 
 
-def train(engine: Any, steps: range) -> list[float]:
-    """The mean losses of the steps."""
+def train(engine: Any, steps: range, overflows: Sequence[int] = ()) -> list[float]:
+    """The mean losses of the steps. `overflows`: of these the gradients are no numbers, as of fp16 out of its range."""
     losses = []
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in steps:
         tokens = torch.randint(0, VOCABULARY, (8, 6), generator=torch.Generator().manual_seed(step))
         mine = tokens[rank * 8 // world : (rank + 1) * 8 // world]
         loss = torch.nn.functional.cross_entropy(engine(mine[:, :-1]).float().flatten(0, 1), mine[:, 1:].flatten())
-        engine.backward(loss)
+        engine.backward(loss * math.inf if step in overflows else loss)
         engine.step()
         mean = loss.detach().clone()
         dist.all_reduce(mean)
@@ -230,6 +246,12 @@ def _of_plain_optimizer(engine: Any, parameter: Tensor, state: str) -> Any:
             for one, master in zip(low, high, strict=True):
                 if one is parameter:
                     return master if state == "fp32" else optimizer.optimizer.state[master][state]
+    if hasattr(optimizer, "fp32_groups_flat"):
+        for low, master in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            flat = master if state == "fp32" else optimizer.optimizer.state[master][state]
+            for one, part in zip(low, flat.split([one.numel() for one in low]), strict=True):
+                if one is parameter:
+                    return part.view(one.shape)
     return parameter if state == "fp32" else optimizer.state[parameter][state]
 
 
@@ -244,6 +266,7 @@ def _whole(parameter: Tensor) -> Tensor:
 
 STATES = {
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "fused": ("exp_avg", "exp_avg_sq"),
     "sgd": ("momentum_buffer",),
     "rmsprop": ("square_avg", "momentum_buffer", "grad_avg"),
 }

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -59,6 +59,13 @@ def even() -> Job:
     return trained(model, grouped(model))
 
 
+def wide() -> Job:
+    """FSDP2 of a model of which each rank of four has several blocks of 64 KiB of every matrix."""
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Tanh(), torch.nn.Linear(1024, 1024))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return trained(model, grouped(model), inputs=1024)
+
+
 def hsdp() -> Job:
     return _fsdp(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
@@ -104,6 +111,67 @@ def pipeline() -> Job:
         optimizer.step()
 
     return Job({"model": model, "optimizer": optimizer}, step)
+
+
+class Lion(Optimizer):
+    """Evolved sign momentum (Chen et al., 2023): one moment, and no counter of steps."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.001, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    moment = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                    parameter.sub_((moment * first + parameter.grad * (1 - first)).sign(), alpha=group["lr"])
+                    moment.mul_(second).add_(parameter.grad, alpha=1 - second)
+
+
+class Factored(Optimizer):
+    """Second moments as rows and columns (Adafactor's idea); torch's Adafactor does not work by FSDP2."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.001})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                square, state = parameter.grad.square() + 1e-6, self.state[parameter]
+                for name, dim in (("row_var", 1), ("col_var", 0)):
+                    mean = square.mean(dim=dim, keepdim=True)
+                    if isinstance(mean, DTensor):
+                        mean = mean.redistribute(placements=[Replicate()] * mean.device_mesh.ndim)
+                    state[name] = state.get(name, torch.zeros_like(mean)) * 0.9 + mean * 0.1
+                parameter.sub_(parameter.grad / (state["row_var"] * state["col_var"]).sqrt(), alpha=group["lr"])
+
+
+def matrices(make: Callable[[Any], Optimizer], *, sharded: bool, steps: int = 0) -> Job:
+    """A model of matrices alone, which Muon wants, plain, by FSDP2, or of four ranks by HSDP."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 24, bias=False), torch.nn.Tanh(), torch.nn.Linear(24, 12, bias=False)
+    )
+    if sharded:
+        size, names = dist.get_world_size(), ("replicate", "shard")
+        four = init_device_mesh("cpu", (2, 2), mesh_dim_names=names) if size == 4 else None
+        fully_shard(model, mesh=four or init_device_mesh("cpu", (size,)))
+    job = trained(model, make(model.parameters()))
+    if steps:
+        job.step()
+    return job
+
+
+def muon(parameters: Any) -> Optimizer:
+    return torch.optim.Muon(parameters, lr=0.01)
+
+
+def adafactor() -> Job:
+    model = DistributedDataParallel(Network())
+    return trained(model, torch.optim.Adafactor(model.parameters(), lr=0.01))
 
 
 def everything(job: Job) -> dict[str, Any]:

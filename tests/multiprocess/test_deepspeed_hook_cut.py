@@ -29,17 +29,21 @@ def test_a_pipeline_is_fenced_and_goes_on_with_as_many_stages_or_fewer(tmp_path:
     _check_on_disk(tmp_path, saved)
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_every_expert_has_a_name_of_its_own_and_is_found_on_whatever_rank_it_is(tmp_path: Path, zero: int) -> None:
-    saved = run(jobs.save, 2, str(tmp_path), "experts", 2, zero)
-    same = run(jobs.resume, 2, str(tmp_path), "experts", 2, zero)
+@pytest.mark.parametrize(("zero", "ranks", "others"), [(0, 2, 1), (1, 1, 2)])
+def test_every_expert_has_a_name_of_its_own_and_is_found_on_whatever_rank_it_is(
+    tmp_path: Path, zero: int, ranks: int, others: int
+) -> None:
+    saved = run(jobs.save, ranks, str(tmp_path), "experts", ranks, zero)
+    same = run(jobs.resume, ranks, str(tmp_path), "experts", ranks, zero)
     for before, after in zip(saved, same, strict=True):
         assert (after.model, after.masters) == (before.model, before.masters)
         assert after.losses == pytest.approx(before.losses, rel=CLOSE)
-    together = run(jobs.resume, 1, str(tmp_path), "experts", 1, zero)[0]
-    assert together.model == saved[0].model | saved[1].model
-    assert sum("deepspeed_experts.3." in name for name in together.model) == 2
+    moved = run(jobs.resume, others, str(tmp_path), "experts", others, zero)
+    model = {name: values for one in moved for name, values in one.model.items()}
+    assert model == {name: values for one in saved for name, values in one.model.items()}
+    assert sum("deepspeed_experts.3." in name for name in model) == 2
     _check_on_disk(tmp_path, saved)
+    _check_on_disk(tmp_path, moved)
 
 
 def test_tensor_slices_go_on_in_as_many_slices(tmp_path: Path) -> None:

@@ -36,6 +36,26 @@ def test_a_job_moves_over_from_deepspeeds_own_checkpoint_and_may_go_back_to_it(f
     assert found["back"]
 
 
+@pytest.mark.parametrize("stage", ["0", "1"])
+def test_the_loss_scale_and_skipped_steps_move_over_too(facts: dict[str, Facts], stage: str) -> None:
+    theirs, ours = facts["loss_scale_moves_over"][stage]
+    assert ours == theirs
+    assert (theirs[1], theirs[3]) == (1, 2)
+    assert theirs[2] != theirs[0]
+
+
+def test_latest_waits_until_the_snapshot_is_durable_on_all_nodes(facts: dict[str, Facts]) -> None:
+    found = facts["a_rank_is_late"]
+    assert found["parts"] == 1
+    assert found["told"] == ["global_step1", "global_step1", "global_step2"]
+    assert found["problems"] == []
+
+
+def test_accelerate_trains_saves_and_goes_on(facts: dict[str, Facts]) -> None:
+    found = facts["with_accelerate"]
+    assert found["ends"] == [[None, 2], ["global_step2", 4]]
+
+
 def test_the_weights_can_be_had_alone_and_the_schedule_left(facts: dict[str, Facts]) -> None:
     found = facts["weights_alone"]
     assert found["path"] == "global_step2"
@@ -74,6 +94,7 @@ def test_one_step_may_have_several_names_and_destroy_waits_until_it_is_safe(fact
         ("untrained", "the engine has no optimizer"),
         ("without", 'UsageError: the block "resilient" of the DeepSpeed configuration is missing'),
         ("unknown", "unknown key 'every_steps', did you mean 'every_step'"),
+        ("other", "no attribute 'real_dp_process_group'); DeepSpeed 0.99.1 is not tested with this library"),
         ("twice", "attached already"),
         ("taken", "this name is the engine's"),
         ("client", "StateError: 'client_state/job/file'"),

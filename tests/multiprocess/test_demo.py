@@ -41,6 +41,8 @@ def test_a_job_that_loses_a_trainer_and_then_a_node_comes_back_each_time_and_end
     with tempfile.TemporaryDirectory() as temporary:
         output, _ = start_demo(temporary, "--steps", "12", "--timeout-s", "180").communicate(timeout=390)
         assert "ended with the same bits" in output, output
+        for row in ("blocked per save", "step without resilient", "step with a snapshot each"):
+            assert row in output
         assert "recovery from a killed trainer" in output
         assert "recovery from a lost node" in output
         assert output.count(" parity") >= 1

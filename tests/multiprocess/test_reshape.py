@@ -4,9 +4,12 @@ import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.optim import Optimizer
 
 import resilient
 from resilient.checkpoint.formats.registry import open_source
@@ -35,6 +38,7 @@ PAIRS: list[tuple[Shape, Shape]] = [
     ((jobs.hsdp, 4), (jobs.tensor_parallel, 2)),
     ((jobs.tensor_parallel, 2), (jobs.ddp, 2)),
     ((jobs.ddp, 2), (jobs.fsdp, 2)),
+    ((jobs.adafactor, 2), (jobs.adafactor, 3)),
     ((jobs.pipeline, 3), (jobs.pipeline, 2)),
     ((jobs.pipeline, 2), (jobs.pipeline, 1)),
 ]
@@ -50,6 +54,17 @@ def test_a_snapshot_is_restored_by_a_job_of_another_shape(pair: tuple[Shape, Sha
     run(jobs.save, size, before, str(tmp_path / "run"), str(tmp_path))
     for levels, *_ in run(jobs.restore, other, after, str(tmp_path / "run"), str(tmp_path), size):
         assert levels == dict.fromkeys(range(size), "durable")
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (2, 3), (3, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("optimizer", [jobs.Lion, jobs.muon, jobs.Factored])
+def test_the_state_of_any_optimizer_is_cut_anew(
+    optimizer: Callable[[Any], Optimizer], sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    # Where nothing says how the state is to lie that is not cut like its parameter, it lies as the live one does.
+    before, after = (partial(jobs.matrices, optimizer, sharded=size > 1, steps=int(sizes[0] == 1)) for size in sizes)
+    run(jobs.save, sizes[0], before, str(tmp_path / "run"), str(tmp_path))
+    run(jobs.restore, sizes[1], after, str(tmp_path / "run"), str(tmp_path), sizes[0])
 
 
 @pytest.fixture
@@ -99,6 +114,13 @@ def test_no_rank_reads_every_record_whatever_there_is_of_the_index(how: str, tmp
     after = (url / INDEX).read_bytes()
     assert (after == right) == (how != "of another attempt")
     assert make_index(open_store(str(url)), 2, range(6), 6).text().encode() == after
+
+
+def test_what_is_read_while_the_rest_is_planned_is_read_once(tmp_path: Path) -> None:
+    run(jobs.save, 2, jobs.wide, str(tmp_path / "run"), str(tmp_path))
+    images = sum(path.stat().st_size for path in (tmp_path / "run/step_00000002").glob("*.safetensors"))
+    found = run(jobs.restore, 4, jobs.wide, str(tmp_path / "run"), str(tmp_path), 2)
+    assert images < sum(read for _, read, _ in found) < 1.1 * images
 
 
 def test_a_job_that_may_not_write_makes_the_index_for_itself(tmp_path: Path) -> None:

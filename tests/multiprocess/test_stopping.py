@@ -2,10 +2,13 @@
 
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from resilient import Checkpointer, Policy
 from tests.multiprocess import distributed_jobs as jobs
 from tests.multiprocess import stopping_jobs as stopping
 from tests.multiprocess.ranks import run, scratch
@@ -65,6 +68,18 @@ def test_a_program_can_ask_for_it_by_itself(tmp_path: Path, durable: bool, code:
     assert len(set(ends)) == 1
     assert ends[0][1] == code
     assert ends[0][0] % 10 == 0
+
+
+def test_a_grace_time_shorter_than_the_measured_flush_is_warned_of_in_advance_and_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, eventually: Callable[..., None]
+) -> None:
+    policy = Policy(durable_every=1, grace_s=0.001)  # no disk is as fast as that
+    with Checkpointer(str(tmp_path / "run"), {"weights": torch.zeros(1 << 18)}, policy) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step).durable("durable").result(60)
+        eventually(lambda: "but grace_s is 0.001: a preemption may cost steps" in caplog.text, "the warning", 30)
+        checkpointer.close()
+    assert caplog.text.count("but grace_s is") == 1
 
 
 def test_a_step_that_cannot_be_made_durable_is_told_of_and_the_job_ends_all_the_same(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -203,6 +203,20 @@ def test_failure_domains_without_parity_are_refused() -> None:
 def test_an_unknown_key_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(PolicyError, match=r"^my config: .* 'durable_evry'; did you mean durable_every\?"):
         Policy.from_mapping({"durable_evry": 5}, "my config")
+
+
+def test_an_unknown_key_in_code_is_refused_with_the_nearest_one() -> None:
+    keys: dict[str, Any] = {"durable_evry": 5}
+    with pytest.raises(PolicyError, match=r"^a policy has no key 'durable_evry'; did you mean durable_every\?"):
+        Policy(**keys)
+    with pytest.raises(PolicyError, match=r"did you mean durable_every\?"):
+        replace(Policy(), **keys)
+
+
+def test_what_is_no_policy_is_refused_where_one_is_wanted() -> None:
+    base: Any = {"durable_every": 5}
+    with pytest.raises(PolicyError, match="not a dict"):
+        Policy.from_environment(base, {})
 
 
 def test_an_unknown_key_that_is_near_to_none_is_answered_with_all() -> None:

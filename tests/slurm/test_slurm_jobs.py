@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,28 @@ pytestmark = pytest.mark.timeout(400)  # each wait has a deadline of its own
 
 def ranks_on(node: str) -> list[int]:
     return [pid for pid in processes_of(node) if f"python {train.__file__} " in command_of(pid)]
+
+
+def token_of(pid: int) -> str:
+    """The secret of the job's agents, which was made in the job."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    [token] = [value.partition(b"=")[2] for value in variables if value.startswith(b"RESILIENT_TOKEN=")]
+    assert len(token) == 64
+    return token.decode()
+
+
+def running() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def places_of(token: str, folder: Path) -> list[Path]:
+    """Files below with it: logs, scripts, the controller's state."""
+    found = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it has gone, or is none
+            if token.encode() in path.read_bytes():
+                found.append(path)
+    return found
 
 
 def test_a_job_that_another_preempts_is_safe_in_its_grace_time_and_goes_on_at_that_step(
@@ -56,13 +79,17 @@ def test_a_notice_before_the_time_is_up_reaches_torchrun_too_and_the_job_is_requ
 
 
 def test_a_rank_that_is_killed_costs_no_step_because_the_agents_outlive_the_training_step(
-    submit: Submit, undisturbed: Undisturbed
+    cluster: Cluster, submit: Submit, undisturbed: Undisturbed
 ) -> None:
     job = submit("--nodes", "2", "--launcher", "srun", steps=40, pace_s=0.05)
     job.wait_for_step(10)
     node = job.lives[0]["nodes"].split(",")[1]
+    token = token_of(ranks_on(node)[0])
+    assert [pid for pid in running() if token in command_of(pid)] == []
+    assert places_of(token, cluster.folder) == []
     os.kill(ranks_on(node)[0], signal.SIGKILL)
     job.wait_for_end()
+    assert places_of(token, job.folder) == []
 
     assert (job.state, job.result) == ("COMPLETED", undisturbed(40))
     assert [life["from"] for life in job.lives] == ["nothing", "memory"]
@@ -120,6 +147,24 @@ def test_each_task_of_an_array_has_its_own_url_and_agents_and_is_requeued_alone(
     assert [task.result for task in (first, second)] == [undisturbed(40)] * 2
     assert [[life["from"] for life in task.lives] for task in (first, second)] == [["nothing"], ["nothing", "durable"]]
     assert array.logs().count("it had started 1 agent(s)") == 3  # one in each life of each task
+
+
+def test_a_program_that_srun_starts_for_each_rank_finds_its_place_by_itself(cluster: Cluster) -> None:
+    """The nodes' names are none of this host, so the address of the first is told."""
+    program = """
+from resilient.launch.slurm import set_rank_variables
+set_rank_variables()
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([10.0 ** dist.get_rank()])
+dist.all_reduce(total)
+print(int(total), os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"], os.environ["RESILIENT_NODE"])
+"""
+    command = ("srun", "-N", "2", "--ntasks-per-node=2", "--overcommit", sys.executable, "-c", program)
+    said = sorted(cluster.run(*command, environment={"MASTER_ADDR": "127.0.0.1"}).split("\n")[:-1])
+    ranks = [line.split() for line in said]
+    assert [rank[:3] for rank in ranks] == [["1111", "0", "2"]] * 2 + [["1111", "1", "2"]] * 2
+    assert len({rank[3] for rank in ranks} & set(cluster.nodes)) == 2
 
 
 def test_a_job_that_its_user_cancels_is_safe_and_stays_cancelled(cluster: Cluster, submit: Submit) -> None:

@@ -175,6 +175,27 @@ def test_a_plan_beyond_the_budget_is_refused(served: Served) -> None:
     assert trainer.client.status()["bytes"] == 0
 
 
+def test_a_plan_that_the_node_has_no_memory_for_is_refused_and_harms_nobody(served: Served) -> None:
+    served.start()
+    trainer, other = Trainer(0, 2), Trainer(1, 2)
+    for each in (trainer, other):
+        each.plan(SMALL)
+        each.save(1, size=SMALL)
+    for each in (trainer, other):
+        each.wait_for("complete", 1, "memory")
+    with pytest.raises(OverBudget, match="bytes of memory are wanted for images and this node has"):
+        other.plan(1 << 50)
+    assert other.client.take_free_slot(0) is None
+    trainer.save(2, size=SMALL)  # digests come from another thread, and what follows from them must not fail either
+    trainer.wait_for("sealed", 2)
+    assert not trainer.lost + other.lost
+    assert other.image(1, 1) == image_of(1, 1, SMALL)
+    other.plan(SMALL)
+    other.save(2, size=SMALL)
+    for each in (trainer, other):
+        each.wait_for("complete", 2, "memory")
+
+
 def test_a_new_plan_reuses_buffers_that_are_large_enough_and_gives_the_others_back(served: Served) -> None:
     served.start()
     trainer = Trainer()

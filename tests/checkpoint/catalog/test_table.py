@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from resilient.checkpoint.catalog.lattice import Block, Rows, fold, parse_block
+from resilient.checkpoint.catalog.lattice import Block, Rows, corners_of, fold, parse_blocks
 from resilient.checkpoint.catalog.table import PieceTable, StoredPiece
 from resilient.checkpoint.pieces import Piece
 from tests.checkpoint.catalog.made import Pool, boxes, shapes, steady, stored, values
@@ -36,7 +36,7 @@ def tables(draw: st.DrawFn) -> Rows:
 def test_what_is_folded_unfolds_to_the_same_rows(rows: Rows) -> None:
     blocks = fold(rows)
     assert as_set(np.concatenate([block.unfold() for block in blocks])) == as_set(rows)
-    again = [parse_block(block.to_json(), 4) for block in blocks]
+    again = parse_blocks([block.to_json() for block in blocks], 4)
     assert as_set(np.concatenate([block.unfold() for block in again])) == as_set(rows)
     assert sum(len(block.bases) for block in blocks) <= len(rows)
 
@@ -47,9 +47,14 @@ def test_totals_and_bounds_are_told_without_unfolding(rows: Rows) -> None:
     blocks = fold(rows)
     for column in range(4):
         assert sum(block.total(column) for block in blocks) == rows[:, column].sum()
-    corners = np.concatenate([block.corners() for block in blocks])
+    corners, owners = corners_of(blocks, 4)
     assert (corners.min(axis=0) == rows.min(axis=0)).all()
     assert (corners.max(axis=0) == rows.max(axis=0)).all()
+    for number, block in enumerate(blocks):
+        own, all_rows = corners[owners == number], block.unfold()
+        assert all(row in all_rows.tolist() for row in own.tolist())
+        assert (own.min(axis=0) == all_rows.min(axis=0)).all()
+        assert (own.max(axis=0) == all_rows.max(axis=0)).all()
 
 
 @steady
@@ -160,9 +165,9 @@ def test_a_part_of_a_box_with_strides_is_refused() -> None:
 )
 def test_numbers_beyond_all_measure_are_refused(raw: object) -> None:
     with pytest.raises(ValueError, match=r"."):
-        parse_block(raw, 4)
+        parse_blocks([[[[0, 0, 0, 0]], []], raw], 4)
 
 
 def test_a_block_of_one_row_is_itself() -> None:
     block = Block(np.array([[1, 2]], dtype=np.int64))
-    assert (block.unfold().tolist(), block.corners().tolist(), block.total(1)) == ([[1, 2]], [[1, 2]], 2)
+    assert (block.unfold().tolist(), corners_of([block], 2)[0].tolist(), block.total(1)) == ([[1, 2]], [[1, 2]], 2)

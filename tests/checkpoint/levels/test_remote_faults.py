@@ -4,6 +4,7 @@ import random
 import secrets
 import time
 from collections.abc import Iterator
+from io import BytesIO
 
 import pytest
 
@@ -210,6 +211,50 @@ def test_under_random_faults_the_old_or_the_new_object_is_visible(
         assert now == data if written else now in (held, data)
         assert seen in (None, now)
         held = now
+
+
+def uploads(store: RemoteStore) -> set[str]:
+    """The keys of all uploads that were begun and neither completed nor aborted, below the store's parent."""
+    prefix = f"{folder_of(store)}"
+    found = store.fs.call_s3("list_multipart_uploads", Bucket=BUCKET, Prefix=prefix)
+    return {upload["Key"] for upload in found.get("Uploads") or ()}
+
+
+def begin_and_die(store: RemoteStore, name: str) -> str:
+    """What a writer leaves that is killed after its first part."""
+    target = {"Bucket": BUCKET, "Key": f"{folder_of(store)}/{name}"}
+    upload = store.fs.call_s3("create_multipart_upload", **target)["UploadId"]
+    store.fs.call_s3("upload_part", **target, UploadId=upload, PartNumber=1, Body=BytesIO(bytes(PART)))
+    return str(target["Key"])
+
+
+def test_what_a_killed_writer_began_is_aborted_by_the_next_of_its_name_and_nothing_else(plain: RemoteStore) -> None:
+    name = f"rank_{secrets.randbelow(10**5):05d}-of-99999.safetensors"
+    gone = {begin_and_die(plain, f"step_00000001/{name}"), begin_and_die(plain, f"step_00000002/{name}")}
+    kept = {begin_and_die(plain, f"step_00000001/{name}.other"), begin_and_die(plain, f"deeper/step_00000001/{name}")}
+    assert uploads(plain) == gone | kept
+    data = image()
+    put(plain, f"step_00000003/{name}", data)
+    assert uploads(plain) == kept
+    assert get(plain, f"step_00000003/{name}") == data
+
+
+def test_a_server_that_does_not_tell_of_uploads_is_written_to_all_the_same(
+    store: RemoteStore, plain: RemoteStore, proxy: Proxy
+) -> None:
+    refused: list[Request] = []
+
+    def choose(request: Request) -> Fault | None:
+        if request.method == "GET" and "uploads" in request.target:
+            refused.append(request)
+            return Fault(answer=500)
+        return None
+
+    proxy.choose = choose
+    data, name = image(2), f"step_00000001/{secrets.token_hex(4)}"
+    put(store, name, data)
+    assert get(plain, name) == data
+    assert refused
 
 
 def tried(store: Store, data: bytes) -> bool:

@@ -61,7 +61,19 @@ def test_a_box_is_filled_from_whatever_pieces_there_are(seed: int) -> None:
     torch.manual_seed(seed)
     chance = random.Random(seed)
     stored = Stored(chance)
-    at, sizes = some_box(chance, stored.tensor.shape)
+    fill(chance, stored, *some_box(chance, stored.tensor.shape))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_whole_tensor_is_filled_from_pieces_that_lie_side_by_side(seed: int) -> None:
+    torch.manual_seed(seed)
+    chance = random.Random(1000 + seed)
+    stored = Stored(chance)
+    fill(chance, stored, (0,) * len(stored.tensor.shape), stored.tensor.shape)
+
+
+def fill(chance: random.Random, stored: Stored, at: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    """Fill a box of the tensor from its images, in portions of any size, and compare it."""
     local = torch.zeros(sizes, dtype=stored.dtype)
     if local.dim() > 1 and chance.random() < 0.3:
         local = torch.zeros(sizes[::-1], dtype=stored.dtype).permute(*range(local.dim())[::-1])  # not contiguous

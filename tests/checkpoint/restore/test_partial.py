@@ -1,6 +1,10 @@
 """Some blocks of an image: verified before they are used, coarse or fine."""
 
 import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -9,7 +13,7 @@ from resilient.checkpoint.levels.image_io import chunks_of, read_fine_digests, w
 from resilient.checkpoint.levels.store import MemoryStore
 from resilient.checkpoint.names import digests_name, image_name
 from resilient.checkpoint.record import Record
-from resilient.checkpoint.restore.partial import read_units
+from resilient.checkpoint.restore.partial import AHEAD_BYTES, Opened, Reading, read_units
 from resilient.errors import DamagedImage
 
 IMAGE = random.Random(3).randbytes(BLOCK_BYTES + 3 * FINE_BYTES + 77)
@@ -44,7 +48,7 @@ def read(image: bytes, wanted: list[tuple[int, int]], fine: bytes | None) -> dic
     def use(offset: int, part: memoryview) -> None:
         found[offset] = bytes(part)
 
-    total = read_units(record(), "durable", fill, wanted, fine, use)
+    total = read_units(Opened(record(), "durable", fill, fine), wanted, use)
     assert total == sum(end - begin for begin, end in wanted)
     return found
 
@@ -94,3 +98,88 @@ def test_fine_digests_are_kept_beside_the_image_and_known_by_its_record() -> Non
     with pytest.raises(DamagedImage, match="changed after it was written"):
         read_fine_digests(store, stored)
     assert read_fine_digests(store, record()) is None
+
+
+class Device:
+    """Bytes of an image, and which ranges of them have been asked for."""
+
+    def __init__(self, image: bytes) -> None:
+        self.image = image
+        self.asked: list[tuple[int, int]] = []
+
+    def opened(self) -> Opened:
+        return Opened(record(), "durable", self.read, fine_of(IMAGE))
+
+    def read(self, offset: int, into: memoryview) -> None:
+        into[:] = self.image[offset : offset + into.nbytes]
+        self.asked.append((offset, offset + into.nbytes))
+
+
+def test_units_are_read_before_it_is_known_where_they_go() -> None:
+    device, found = Device(IMAGE), dict[int, bytes]()
+    reading = Reading()
+    try:
+        reading.want(3, device.opened(), WANTED)
+        until(lambda: sorted(device.asked) == WANTED)
+        reading.want(3, device.opened(), [(0, FINE_BYTES)])
+        assert reading.finish({3: lambda begin, part: found.update({begin: bytes(part)})}) == {}
+    finally:
+        reading.close()
+    assert found == {begin: IMAGE[begin:end] for begin, end in [*WANTED, (0, FINE_BYTES)]}
+    assert reading.read_bytes == sum(map(len, found.values()))
+
+
+def test_what_is_read_ahead_is_bounded_and_all_of_it_arrives() -> None:
+    device, count = Device(IMAGE), Counter[int]()
+    lock = threading.Lock()
+    units = [(0, BLOCK_BYTES)] * 40  # 160 MiB
+
+    def use(begin: int, part: memoryview) -> None:
+        assert part == IMAGE[begin : begin + part.nbytes]
+        with lock:
+            count[begin] += 1
+
+    reading = Reading()
+    try:
+        reading.want(0, device.opened(), units)
+        until(lambda: len(device.asked) == AHEAD_BYTES // BLOCK_BYTES)
+        assert reading.finish({0: use}) == {}
+    finally:
+        reading.close()
+    assert count == {0: 40}
+
+
+def test_damage_in_what_is_read_ahead_is_told_with_the_rest_and_goes_nowhere() -> None:
+    damaged, found = bytearray(IMAGE), list[int]()
+    damaged[FINE_BYTES] ^= 1
+    bad, well = Device(bytes(damaged)), Device(IMAGE)
+    reading = Reading()
+    try:
+        reading.want(1, bad.opened(), [(FINE_BYTES, 3 * FINE_BYTES)])
+        reading.want(2, well.opened(), [(FINE_BYTES, 3 * FINE_BYTES)])
+        until(lambda: bool(bad.asked and well.asked))
+        failed = reading.finish({1: lambda begin, part: found.append(1), 2: lambda begin, part: found.append(2)})
+    finally:
+        reading.close()
+    assert found == [2]
+    assert list(failed) == [1]
+    assert isinstance(failed[1], DamagedImage)
+
+
+def test_what_was_read_for_nobody_is_forgotten_and_no_thread_stays() -> None:
+    before = threading.active_count()
+    device = Device(IMAGE)
+    reading = Reading()
+    reading.want(0, device.opened(), [(0, BLOCK_BYTES)] * 40)
+    until(lambda: len(device.asked) == AHEAD_BYTES // BLOCK_BYTES)  # the readers wait for room
+    reading.close()
+    reading.close()
+    assert threading.active_count() == before
+    assert reading.read_bytes == AHEAD_BYTES
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(0.001)
