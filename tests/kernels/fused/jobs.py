@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from resilient.errors import CollectiveTimeout, ResilientError
+from resilient.errors import CollectiveTimeout, PeerGone, ResilientError
 from resilient.kernels import fused
 from resilient.kernels.fused.shapes import OPERATIONS, Activation, Operation, Tile
 from resilient.kernels.fused.workspace import workspace
@@ -140,7 +140,7 @@ def many_calls(count: int, mutated: str | None = None, seed: int = 0) -> int:
             time.sleep(chance.random() * 0.01)
         try:
             result = FUNCTIONS[operation](lefts[rank], weights[rank], tile=TINY)
-        except CollectiveTimeout:
+        except (CollectiveTimeout, PeerGone):  # this rank is stuck, or the other was, and has left
             if mutated is None:
                 raise
             return wrong + 1
