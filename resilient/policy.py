@@ -71,7 +71,7 @@ class Policy:
         """Before the fields are set, for Python's own complaint of an unknown key does not name the nearest one."""
         for key in keys:
             if key not in _RULES:
-                raise PolicyError(f"a policy has no key {key!r}; {_nearest(key, _RULES)}")
+                raise PolicyError(_no_key(key))
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -335,7 +335,7 @@ def _checked(mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`mapping` as it is, if each key exists and each value is possible by itself. Raises `PolicyError`."""
     for key, value in mapping.items():
         if key not in _RULES:
-            raise PolicyError(f"{where}: a policy has no key {key!r}; {_nearest(str(key), _RULES)}")
+            raise PolicyError(f"{where}: {_no_key(key)}")
         try:
             _RULES[key].check(key, value)
         except PolicyError as error:
@@ -357,6 +357,10 @@ def _from_variables(environment: Mapping[str, str]) -> dict[str, Any]:
         key = known[variable]
         values |= _checked({key: _RULES[key].read(text)}, f"environment, {variable}")
     return values
+
+
+def _no_key(key: object) -> str:
+    return f"a policy has no key {key!r}; {_nearest(str(key), _RULES)}"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

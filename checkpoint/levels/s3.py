@@ -27,7 +27,9 @@ PARTS_UNDER_WAY = 4
 _TOKEN = "resilient-write"
 _lock = Lock()
 _under_way: set[str] = set()  # ids of this process' uploads
-_looked_for: set[tuple[str, str]] = set()  # buckets and names whose abandoned uploads this process has looked for
+_looked_for: set[tuple[str, str, str]] = (
+    set()
+)  # buckets, folders above and names whose abandoned uploads this process has looked for
 
 
 def cut(chunks: Iterable[memoryview], part_bytes: int) -> Iterator[bytes]:
@@ -98,16 +100,15 @@ class S3Write:
         One process at a time writes a name (`claim.py`). Best effort: a server may not let us look.
         """
         bucket, key = self._target["Bucket"], self._target["Key"]
-        above, _, name = _split(key)
+        above, name = _around(key)
         with _lock:
-            if (known := (bucket, f"{above}/*/{name}")) in _looked_for:
+            if (bucket, above, name) in _looked_for:
                 return
-            _looked_for.add(known)
+            _looked_for.add((bucket, above, name))
         with suppress(Exception):  # whatever a server says to this, the image can be written all the same
             found = self._once("list_multipart_uploads", Bucket=bucket, Prefix=f"{above}/" if above else "")
             for upload in found.get("Uploads") or ():
-                split = _split(upload["Key"])
-                if (split[0], split[2]) == (above, name) and upload["UploadId"] not in _under_way:
+                if _around(upload["Key"]) == (above, name) and upload["UploadId"] not in _under_way:
                     abandoned = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                     self._once("abort_multipart_upload", **abandoned)
 
@@ -200,11 +201,10 @@ def error_code(error: BaseException | None) -> str:
     return ""
 
 
-def _split(key: str) -> tuple[str, str, str]:
-    """What is above the folder of an object, the folder, and the object's name."""
+def _around(key: str) -> tuple[str, str]:
+    """What is above the folder of an object, and the object's name."""
     folder, _, name = key.rpartition("/")
-    above, _, last = folder.rpartition("/")
-    return above, last, name
+    return folder.rpartition("/")[0], name
 
 
 def _chain(first: bytes, second: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:

@@ -22,9 +22,8 @@ from resilient.checkpoint.record import Record
 from resilient.errors import DamagedImage
 
 _READERS = 4
-AHEAD_BYTES = (
-    32 << 20
-)  # held at most while nobody knows where they go; more huge pages than this cost more than they bring
+# Held at most while nobody knows where they go; more huge pages than this cost more than they bring.
+AHEAD_BYTES = 32 << 20
 
 Read = Callable[[int, memoryview], None]
 """Fills a part with the image's raw bytes from an offset on. Called from several threads."""

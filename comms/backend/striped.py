@@ -62,7 +62,7 @@ class Striped:
         parts = []
         for rows, piece in zip(self._columns(flat), into.tensor_split(_segments(flat)), strict=True):
             region = Region("output", 0, piece.nbytes)
-            script, _ = choice.reduce_scatter(self._fabric, self.rank, self._equal(piece.nbytes), region)
+            script, _ = choice.reduce_scatter(self._fabric, self.rank, self._at(*rows), region)
             parts.append(execute.Part(script=script, buffers={"input": rows, "output": [piece]}))
         what = f"reduce_scatter ({reduction}) of {_said(flat)}"
         return self._submit(self._job(what, parts, reduction), [output], after=_copy_back(output, into))
@@ -73,9 +73,7 @@ class Striped:
         flat = _flat(output)
         parts = []
         for rows in self._columns(flat):
-            script, _ = choice.all_gather(
-                self._fabric, self.rank, self._equal(sum(one.nbytes for one in rows) // self.size)
-            )
+            script, _ = choice.all_gather(self._fabric, self.rank, self._at(*rows))
             parts.append(execute.Part(script=script, buffers={"output": rows}))
         own = flat.tensor_split(self.size)[self.rank]
         before = partial(_copy, own, input)
@@ -190,27 +188,22 @@ class Striped:
         before: Callable[[], None] | None = None,
         after: Callable[[], None] | None = None,
     ) -> Work:
-        def alike(call: Callable[[], None] | None) -> None:
+        def call() -> None:
             try:
-                if call is not None:
-                    call()
+                if before is not None:
+                    before()
+                execute.run(self.lanes, job)
+                if after is not None:
+                    after()
             except Exception as error:
                 self.lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before
                 raise
 
-        def call() -> None:
-            alike(before)
-            execute.run(self.lanes, job)
-            alike(after)
-
         return self._worker.submit(call, result)
 
-    def _at(self, flat: Tensor) -> tuple[int, ...]:
-        return tuple(schedule.parts(flat.nbytes, self.size, flat.itemsize))
-
-    def _equal(self, nbytes: int) -> tuple[int, ...]:
-        """Where the parts of all ranks begin and end that are of so many bytes."""
-        return tuple(nbytes * rank for rank in range(self.size + 1))
+    def _at(self, *pieces: Tensor) -> tuple[int, ...]:
+        """Where the parts of all ranks begin and end, of what pieces make end to end."""
+        return tuple(schedule.parts(sum(one.nbytes for one in pieces), self.size, pieces[0].itemsize))
 
     def _columns(self, flat: Tensor) -> list[list[Tensor]]:
         """The segments of a tensor that has a part for each rank: each is a piece of every part."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from resilient.comms.lanes.spans import Spans
 from resilient.comms.plan import plan_step
 
 Fold = Callable[[torch.Tensor, Sequence[torch.Tensor], bool], None]
-_Buffers = Mapping[str, Sequence[torch.Tensor]]  # by name: bytes, end to end
+_Buffers = Mapping[str, Spans]  # by name
 _LEAST_CUT = 1 << 16  # bytes: flows below are not cut, a piece costs more than it wins
 
 
@@ -65,48 +65,50 @@ def run(lanes: Lanes, job: Job) -> None:
 
     Raises CollectiveFailed or CollectiveMismatch, on all ranks alike, as the lanes do. Buffers are free then, too.
     """
-    posted: list[Transfer] = []
+    going: list[_Going] = []
     try:
-        going = [_Going(lanes, job, part, posted) for part in job.parts]
+        going += [_Going(lanes, job, part) for part in job.parts]
         for tag, number in enumerate(merged(lanes.fabric, [part.script for part in job.parts])):
             going[number].go_on(tag)
         for part in going:
             part.settle()
     except BaseException as error:
         lanes.abort(f"{job.operation.fingerprint}: {error}")  # nothing where the lanes have failed before
-        for transfer in posted:
-            transfer.settle()
+        for part in going:
+            part.leave()
         raise
 
 
 class _Going:
     """A part that is under way: which turn is next, and what is still to be done for the one before it."""
 
-    def __init__(self, lanes: Lanes, job: Job, part: Part, posted: list[Transfer]) -> None:
-        self._lanes, self._job, self._posted = lanes, job, posted
+    def __init__(self, lanes: Lanes, job: Job, part: Part) -> None:
+        self._lanes, self._job = lanes, job
         self._turns = iter(part.script.turns)
-        self._buffers = {name: [flat_bytes(one) for one in tensors] for name, tensors in part.buffers.items()}
-        self._buffers["spare"] = [torch.empty(part.script.spare, dtype=torch.uint8)]
+        spare = torch.empty(part.script.spare, dtype=torch.uint8)
+        self._buffers = {name: _spans(tensors) for name, tensors in {**part.buffers, "spare": [spare]}.items()}
         self._pending: tuple[Turn, Transfer | None] | None = None
 
     def go_on(self, tag: int) -> None:
         """Begin the next turn, as soon as the one before it is done. `tag`: how many turns were begun before."""
         self.settle()
         turn = next(self._turns)
-        transfer = _post(self._lanes, self._job, turn, tag, self._buffers)
-        self._pending = turn, transfer
-        if transfer is not None:
-            self._posted.append(transfer)
+        self._pending = turn, _post(self._lanes, self._job, turn, tag, self._buffers)
 
     def settle(self) -> None:
         """Wait for the turn that is under way, and add up."""
         if self._pending is None:
             return
         turn, transfer = self._pending
-        self._pending = None
         if transfer is not None:
             transfer.wait()
         _fold(self._job, turn, self._buffers)
+        self._pending = None
+
+    def leave(self) -> None:
+        """After a failure: wait until the lanes have let go of the buffers."""
+        if self._pending is not None and self._pending[1] is not None:
+            self._pending[1].settle()
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,35 +116,25 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _whole(data: torch.Tensor) -> Spans:
-    return _spans({"": [flat_bytes(data)]}, Region("", 0, data.nbytes))
-
-
-def _spans(buffers: _Buffers, region: Region) -> Spans:
+def _spans(tensors: Sequence[torch.Tensor]) -> Spans:
     # An ndarray has the buffer protocol, which type checkers learn from Python 3.12 on.
-    arrays: list[Any] = [part.numpy() for part in _within(buffers[region.buffer], region.begin, region.end)]
+    arrays: list[Any] = [flat_bytes(tensor).numpy() for tensor in tensors]
     return Spans(*[memoryview(array) for array in arrays])
 
 
-def _within(tensors: Sequence[torch.Tensor], begin: int, end: int) -> list[torch.Tensor]:
-    """Bytes `begin` to `end` of tensors of bytes that lie end to end."""
-    found, at = [], 0
-    for tensor in tensors:
-        if begin < at + len(tensor) and at < end:
-            found.append(tensor[max(begin - at, 0) : end - at])
-        at += len(tensor)
-    return found
+def _part(buffers: _Buffers, region: Region) -> Spans:
+    return buffers[region.buffer].part(region.begin, region.end)
 
 
 def _post(lanes: Lanes, job: Job, turn: Turn, tag: int, buffers: _Buffers) -> Transfer | None:
     planned = _planned(lanes.fabric, turn.flows, job.dtype.itemsize, job.rank)
     sends = [
-        Send(turn.flows[number].target, tag, _spans(buffers, turn.sends[number]), pieces)
+        Send(turn.flows[number].target, tag, _part(buffers, turn.sends[number]), pieces)
         for number, pieces in planned.pieces.items()
         if turn.sends[number].nbytes
     ]
     receives = [
-        Receive(turn.flows[number].source, tag, _spans(buffers, region))
+        Receive(turn.flows[number].source, tag, _part(buffers, region))
         for number, region in turn.receives.items()
         if region.nbytes
     ]
@@ -153,13 +145,13 @@ def _post(lanes: Lanes, job: Job, turn: Turn, tag: int, buffers: _Buffers) -> Tr
 def send(lanes: Lanes, operation: Operation, flow: Flow, tag: int, data: torch.Tensor) -> Transfer:
     """One message, cut and placed as if it were alone. Does not block."""
     planned = _planned(lanes.fabric, (flow,), data.itemsize, flow.source)
-    out = Send(flow.target, tag, _whole(data), planned.pieces[0])
+    out = Send(flow.target, tag, _spans([data]), planned.pieces[0])
     return lanes.post(replace(operation, expected_s=planned.busy_s), [out], [])
 
 
 def receive(lanes: Lanes, operation: Operation, source: int, tag: int, data: torch.Tensor) -> Transfer:
     """The same at its other end."""
-    return lanes.post(operation, [], [Receive(source, tag, _whole(data))])
+    return lanes.post(operation, [], [Receive(source, tag, _spans([data]))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +190,8 @@ def _fold(job: Job, turn: Turn, buffers: _Buffers) -> None:
     if job.fold is None:
         return
     for fold in turn.folds:
-        rows = [_within(buffers[one.buffer], one.begin, one.end) for one in (fold.into, *fold.parts)]
-        cuts = sorted({0, *(end for row in rows for end in accumulate(map(len, row)))})
+        rows = [_part(buffers, region) for region in (fold.into, *fold.parts)]
+        cuts = sorted({0, *(end for row in rows for end in row.ends)})
         for begin, end in pairwise(cuts):  # each row lies together from one to the next
-            into, *parts = [_within(row, begin, end)[0].view(job.dtype) for row in rows]
+            into, *parts = [torch.frombuffer(next(row.within(begin, end)), dtype=job.dtype) for row in rows]
             job.fold(into, parts, fold.last)

@@ -29,18 +29,18 @@ def merged(fabric: Fabric, scripts: Sequence[Script]) -> list[int]:
 
 def _waves(fabric: Fabric, script: Script, number: int) -> list[float]:
     """When each turn is begun: the first crossing of part n in wave n."""
-    crossing = [turn for turn, content in enumerate(script.turns) if _crosses(fabric, content)]
+    crossing = [_crosses(fabric, turn) for turn in script.turns]
     waves: list[float] = []
-    for turn in range(len(script.turns)):
-        done = sum(other < turn for other in crossing)
+    done, last = 0, sum(crossing)
+    for crosses in crossing:
         following = number + _APART * done
-        if turn in crossing:
-            wave = following
-        elif done < len(crossing):
-            wave = following - _BEFORE
+        if crosses:
+            waves.append(following)
+            done += 1
+        elif done < last:
+            waves.append(following - _BEFORE)
         else:
-            wave = following - _APART + _BEHIND
-        waves.append(wave)
+            waves.append(following - _APART + _BEHIND)
     return waves
 
 

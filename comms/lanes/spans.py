@@ -5,21 +5,24 @@ from itertools import accumulate
 
 
 class Spans:
-    """`views`: contiguous bytes each. Nothing is copied but by `fill`."""
+    """`views`: contiguous bytes each, which end at `ends`. Nothing is copied but by `fill`."""
 
     def __init__(self, *views: memoryview) -> None:
         self._views = [view for view in views if len(view)]
-        self._ends = list(accumulate(len(view) for view in self._views))
+        self.ends = list(accumulate(len(view) for view in self._views))
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self.ends[-1] if self.ends else 0
 
     def within(self, begin: int, end: int) -> Iterator[memoryview]:
         """What lies from `begin` to `end`, view by view."""
-        for view, until in zip(self._views, self._ends, strict=True):
+        for view, until in zip(self._views, self.ends, strict=True):
             start = until - len(view)
             if begin < until and start < end:
                 yield view[max(begin - start, 0) : end - start]
+
+    def part(self, begin: int, end: int) -> "Spans":
+        return Spans(*self.within(begin, end))
 
     def lies(self, begin: int, end: int) -> memoryview | None:
         """The same where it lies together."""

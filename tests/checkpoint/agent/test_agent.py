@@ -9,7 +9,7 @@ from resilient.checkpoint.digest import damaged_blocks
 from resilient.checkpoint.record import Record
 from resilient.errors import LevelFailed, OverBudget, UrlInUse
 from tests.checkpoint.agent.conftest import Served
-from tests.checkpoint.agent.trainer import IMAGE_BYTES, Trainer, image_of
+from tests.checkpoint.agent.trainer import IMAGE_BYTES, Trainer, both_saved, image_of
 
 SMALL = 1000
 
@@ -80,10 +80,7 @@ def test_an_image_that_is_mapped_is_not_overwritten(served: Served) -> None:
 
 def test_a_reader_that_dies_pins_nothing(served: Served) -> None:
     served.start()
-    trainer, reader = Trainer(0, 2), Trainer(1, 2)
-    for each in (trainer, reader):
-        each.plan(SMALL)
-        each.save(1, size=SMALL)
+    trainer, reader = both_saved(SMALL)
     trainer.wait_for("complete", 1)
     reader.client.map_image(0, 1)
     assert max(slot["pins"] for slot in trainer.client.status()["slots"]) == 1
@@ -177,10 +174,7 @@ def test_a_plan_beyond_the_budget_is_refused(served: Served) -> None:
 
 def test_a_plan_that_the_node_has_no_memory_for_is_refused_and_harms_nobody(served: Served) -> None:
     served.start()
-    trainer, other = Trainer(0, 2), Trainer(1, 2)
-    for each in (trainer, other):
-        each.plan(SMALL)
-        each.save(1, size=SMALL)
+    trainer, other = both_saved(SMALL)
     for each in (trainer, other):
         each.wait_for("complete", 1, "memory")
     with pytest.raises(OverBudget, match="bytes of memory are wanted for images and this node has"):
@@ -231,10 +225,7 @@ def test_memory_stays_within_the_budget_while_older_images_are_needed_and_the_re
 
 def test_a_trainer_that_comes_back_finds_its_images_and_its_half_filled_slot_free(served: Served) -> None:
     served.start()
-    trainer, other = Trainer(0, 2), Trainer(1, 2)
-    for each in (trainer, other):
-        each.plan(SMALL)
-        each.save(1, size=SMALL)
+    trainer, other = both_saved(SMALL)
     trainer.wait_for("complete", 1)
     trainer.fill(2, SMALL)
     trainer.vanish()

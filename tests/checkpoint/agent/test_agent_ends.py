@@ -14,7 +14,7 @@ from resilient.checkpoint.names import complete_steps
 from resilient.errors import AgentLost, LevelFailed, OverBudget, PolicyError, UrlInUse, UsageError
 from resilient.policy import Policy
 from tests.checkpoint.agent.conftest import DURABLE_URL, Served
-from tests.checkpoint.agent.trainer import GatedStore, Trainer, image_of
+from tests.checkpoint.agent.trainer import GatedStore, Trainer, both_saved, image_of
 from tests.conformance.store_contract import get, put
 
 SMALL = 1000
@@ -69,10 +69,7 @@ def test_the_agent_ends_when_all_ranks_close_and_want_nothing_kept(served: Serve
 
 def test_the_agent_stays_when_one_rank_wants_its_images_kept(served: Served) -> None:
     served.start()
-    first, second = Trainer(0, 2), Trainer(1, 2)
-    for each in (first, second):
-        each.plan(SMALL)
-        each.save(1, size=SMALL)
+    first, second = both_saved(SMALL)
     first.wait_for("complete", 1)
     first.client.close(keep=False)
     second.client.close(keep=True)

@@ -120,6 +120,15 @@ class Trainer:
         self.client._connection.hang_up()
 
 
+def both_saved(size: int) -> tuple[Trainer, Trainer]:
+    """The two ranks of a job, each of which has saved step 1; not waited for."""
+    ranks = Trainer(0, 2), Trainer(1, 2)
+    for each in ranks:
+        each.plan(size)
+        each.save(1, size=size)
+    return ranks
+
+
 def main() -> None:
     """Save the steps that are named, say what happened on stdout, then wait to be killed."""
     rank, world_size, sealed, half_filled = (int(argument) for argument in sys.argv[1:5])

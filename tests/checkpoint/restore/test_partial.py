@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.partial import AHEAD_BYTES, Opened, Reading, read_units
 from resilient.errors import DamagedImage
 
+Eventually = Callable[..., None]
 IMAGE = random.Random(3).randbytes(BLOCK_BYTES + 3 * FINE_BYTES + 77)
 
 
@@ -115,12 +115,12 @@ class Device:
         self.asked.append((offset, offset + into.nbytes))
 
 
-def test_units_are_read_before_it_is_known_where_they_go() -> None:
+def test_units_are_read_before_it_is_known_where_they_go(eventually: Eventually) -> None:
     device, found = Device(IMAGE), dict[int, bytes]()
     reading = Reading()
     try:
         reading.want(3, device.opened(), WANTED)
-        until(lambda: sorted(device.asked) == WANTED)
+        eventually(lambda: sorted(device.asked) == WANTED, "all units are asked for", 30)
         reading.want(3, device.opened(), [(0, FINE_BYTES)])
         assert reading.finish({3: lambda begin, part: found.update({begin: bytes(part)})}) == {}
     finally:
@@ -129,7 +129,7 @@ def test_units_are_read_before_it_is_known_where_they_go() -> None:
     assert reading.read_bytes == sum(map(len, found.values()))
 
 
-def test_what_is_read_ahead_is_bounded_and_all_of_it_arrives() -> None:
+def test_what_is_read_ahead_is_bounded_and_all_of_it_arrives(eventually: Eventually) -> None:
     device, count = Device(IMAGE), Counter[int]()
     lock = threading.Lock()
     units = [(0, BLOCK_BYTES)] * 40  # 160 MiB
@@ -142,14 +142,14 @@ def test_what_is_read_ahead_is_bounded_and_all_of_it_arrives() -> None:
     reading = Reading()
     try:
         reading.want(0, device.opened(), units)
-        until(lambda: len(device.asked) == AHEAD_BYTES // BLOCK_BYTES)
+        eventually(lambda: len(device.asked) == AHEAD_BYTES // BLOCK_BYTES, "as much is read as may be held", 30)
         assert reading.finish({0: use}) == {}
     finally:
         reading.close()
     assert count == {0: 40}
 
 
-def test_damage_in_what_is_read_ahead_is_told_with_the_rest_and_goes_nowhere() -> None:
+def test_damage_in_what_is_read_ahead_is_told_with_the_rest_and_goes_nowhere(eventually: Eventually) -> None:
     damaged, found = bytearray(IMAGE), list[int]()
     damaged[FINE_BYTES] ^= 1
     bad, well = Device(bytes(damaged)), Device(IMAGE)
@@ -157,7 +157,7 @@ def test_damage_in_what_is_read_ahead_is_told_with_the_rest_and_goes_nowhere() -
     try:
         reading.want(1, bad.opened(), [(FINE_BYTES, 3 * FINE_BYTES)])
         reading.want(2, well.opened(), [(FINE_BYTES, 3 * FINE_BYTES)])
-        until(lambda: bool(bad.asked and well.asked))
+        eventually(lambda: bad.asked and well.asked, "both images are asked for", 30)
         failed = reading.finish({1: lambda begin, part: found.append(1), 2: lambda begin, part: found.append(2)})
     finally:
         reading.close()
@@ -166,20 +166,15 @@ def test_damage_in_what_is_read_ahead_is_told_with_the_rest_and_goes_nowhere() -
     assert isinstance(failed[1], DamagedImage)
 
 
-def test_what_was_read_for_nobody_is_forgotten_and_no_thread_stays() -> None:
+def test_what_was_read_for_nobody_is_forgotten_and_no_thread_stays(eventually: Eventually) -> None:
     before = threading.active_count()
     device = Device(IMAGE)
     reading = Reading()
     reading.want(0, device.opened(), [(0, BLOCK_BYTES)] * 40)
-    until(lambda: len(device.asked) == AHEAD_BYTES // BLOCK_BYTES)  # the readers wait for room
+    eventually(
+        lambda: len(device.asked) == AHEAD_BYTES // BLOCK_BYTES, "as much is read as may be held", 30
+    )  # the readers wait for room
     reading.close()
     reading.close()
     assert threading.active_count() == before
     assert reading.read_bytes == AHEAD_BYTES
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline, "it does not come to that"
-        time.sleep(0.001)
