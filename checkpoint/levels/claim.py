@@ -172,18 +172,21 @@ class Claim:
         return True
 
     def _wait_until_free(self, found: Held) -> None:
-        """Return when `found` may be taken over; raise UrlInUse as soon as it is seen to be alive."""
-        patience = self._patience(found)
-        end = self._clock.monotonic() + patience.watch_s
+        """Return when `found` may be taken over; raise UrlInUse as soon as it is seen to be alive.
+
+        A holder that rank 0 has left is about to give the URL back, after what it has to write: that is waited for.
+        """
+        end = self._clock.monotonic() + self._patience(found).watch_s
+        now: Held | None = found
         while (left := end - self._clock.monotonic()) > 0:
             self._clock.sleep(min(self.heartbeat_s / _LOOKS, left))
             now = self._read()
-            if now is None:
+            if now is None or (now.token == found.token and self._patience(now).watch_s == 0):
                 return
-            if now.token != found.token or now.beat != found.beat:
-                if now.token == found.token and self._patience(now).watch_s == 0:
-                    return  # its rank 0 has just left
+            if now.token != found.token or (now.beat != found.beat and now.rank_0):
                 raise UrlInUse(self._refusal(now))
+        if now.beat != found.beat:
+            raise UrlInUse(self._refusal(now))
 
     def _patience(self, found: Held) -> Patience:
         is_own = (found.run_id, found.process) == (self._run_id, this_process())  # of an earlier `Claim`

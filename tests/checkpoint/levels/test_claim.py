@@ -185,6 +185,32 @@ def test_a_job_that_ends_while_another_waits_lets_it_in(store: Store, clock: Fak
     assert clock.now < 60
 
 
+def test_a_job_whose_trainers_have_just_left_is_waited_for(store: Store, clock: FakeClock) -> None:
+    first = Claim(store, "run-1", clock=clock)
+    first.take()
+
+    def end() -> None:
+        if clock.now <= 2:  # it says that they have left, and again while it writes what is pending
+            first.beat(rank_0=False)
+        else:
+            first.release()
+
+    clock.during_sleep = end
+    Claim(store, "run-2", clock=clock).take()
+    assert held(store)["run_id"] == "run-2"
+    assert 2 < clock.now < 10
+
+
+def test_a_job_that_goes_on_writing_without_trainers_keeps_its_url(store: Store, clock: FakeClock) -> None:
+    first = Claim(store, "run-1", clock=clock)
+    first.take()
+    clock.during_sleep = lambda: first.beat(rank_0=False)
+    with pytest.raises(UrlInUse, match="run-1"):
+        Claim(store, "run-2", clock=clock, stale_s=60).take()
+    assert clock.now == 60
+    first.beat()
+
+
 def test_of_two_that_wait_for_the_same_stale_claim_one_gets_it(store: Store, clock: FakeClock) -> None:
     Claim(store, "run-1", clock=clock).take()
     make_foreign(store, host="elsewhere")
