@@ -177,16 +177,17 @@ class Claim:
         A holder that rank 0 has left is about to give the URL back, after what it has to write: that is waited for.
         """
         end = self._clock.monotonic() + self._patience(found).watch_s
-        now: Held | None = found
+        beat = found.beat
         while (left := end - self._clock.monotonic()) > 0:
             self._clock.sleep(min(self.heartbeat_s / _LOOKS, left))
             now = self._read()
             if now is None or (now.token == found.token and self._patience(now).watch_s == 0):
                 return
-            if now.token != found.token or (now.beat != found.beat and now.rank_0):
+            if now.token != found.token or (now.beat != beat and now.rank_0):
                 raise UrlInUse(self._refusal(now))
-        if now.beat != found.beat:
-            raise UrlInUse(self._refusal(now))
+            found = now
+        if found.beat != beat:
+            raise UrlInUse(self._refusal(found))
 
     def _patience(self, found: Held) -> Patience:
         is_own = (found.run_id, found.process) == (self._run_id, this_process())  # of an earlier `Claim`
