@@ -57,39 +57,50 @@ def parts_of(tensor: Tensor, offsets: Sequence[int] | None = None, sizes: Sequen
     """
     begin = tuple(offsets) if offsets is not None else (0,) * len(tensor.shape)
     extent = tuple(sizes) if sizes is not None else tensor.shape
+    d, rows = tensor.pieces.dims, part_rows(tensor, (begin, extent))
+    rows[:, BOX + 2 * d :] *= tensor.itemsize
+    vectors = [(BOX + d * n, BOX + d * (n + 1)) for n in (2, 0, 1)]
+    return [Part(row[FILE], row[OFFSET], *(tuple(row[a:b]) for a, b in vectors)) for row in rows.tolist()]
+
+
+def part_rows(tensor: Tensor, box: Box) -> Rows:
+    """As `parts_of`, as rows of a table (`table.py`) that are all whole boxes: there may be very many."""
+    begin, extent = box
     if len(begin) != len(tensor.shape) or any(
         at < 0 or size < 0 or at + size > whole for at, size, whole in zip(begin, extent, tensor.shape, strict=True)
     ):
         raise ValueError(f"the box at {begin} with sizes {extent} is no part of {tensor.name!r}, shape {tensor.shape}")
-    wanted = math.prod(extent)
+    d, wanted = tensor.pieces.dims, math.prod(extent)
     if not wanted:
-        return []
+        return np.empty((0, BOX + 3 * d), dtype=np.int64)
     rows = tensor.pieces.meeting(begin, extent)
-    parts = _parts(rows, tensor, begin, extent)
-    have = sum(part.numel for part in parts)
-    if have != wanted or (len(rows) > 1 and _overlap(rows, tensor.pieces.dims) and _parts_overlap(parts)):
+    found = _clipped(_as_boxes(rows, d, tensor.itemsize), d, tensor.itemsize, box)
+    have = int(found[:, STOP].sum())
+    if have != wanted or (len(rows) > 1 and _overlap(rows, d) and _boxes_overlap(found[:, BOX : BOX + 2 * d])):
         raise DamagedImage(
             f"tensor {tensor.name!r}: the checkpoint has {have} of the {wanted} elements at {begin} with sizes "
             f"{extent}, or has some of them twice"
         )
-    return parts
+    return found
 
 
-def _parts(rows: Rows, tensor: Tensor, begin: tuple[int, ...], extent: tuple[int, ...]) -> list[Part]:
-    d, itemsize = tensor.pieces.dims, tensor.itemsize
+def _clipped(rows: Rows, d: int, itemsize: int, box: Box) -> Rows:
+    """Of whole boxes what lies in a box."""
+    at, strides = rows[:, BOX : BOX + d], rows[:, BOX + 2 * d :]
+    begin, extent = (np.array(one, dtype=np.int64) for one in box)
+    low = np.maximum(at, begin)
+    sizes = np.minimum(at + rows[:, BOX + d : BOX + 2 * d], begin + extent) - low
+    offsets = rows[:, OFFSET] + ((low - at) * strides).sum(axis=1) * itemsize
+    columns = rows[:, FILE], offsets, np.zeros_like(offsets), sizes.prod(axis=1), low, sizes, strides
+    return np.column_stack(columns)[np.all(sizes > 0, axis=1)]
+
+
+def _as_boxes(rows: Rows, d: int, itemsize: int) -> Rows:
+    """Pieces as whole boxes."""
     rows = _with_whole_rows_as_boxes(rows, d)
-    at, sizes, strides = (rows[:, BOX + d * n : BOX + d * (n + 1)] for n in range(3))
-    whole = (rows[:, START] == 0) & (rows[:, STOP] == sizes.prod(axis=1))
-    low = np.maximum(at, np.array(begin, dtype=np.int64))
-    high = np.minimum(at + sizes, np.array(begin, dtype=np.int64) + np.array(extent, dtype=np.int64))
-    whole &= np.all(high > low, axis=1)
-    first = rows[:, OFFSET] + ((low - at) * strides).sum(axis=1) * itemsize
-    columns = rows[:, FILE], first, strides * itemsize, low, high - low
-    file, offset, *vectors = (column[whole].tolist() for column in columns)
-    parts = list(map(Part, file, offset, *(map(tuple, vector) for vector in vectors)))  # there may be very many
-    for row in rows[~whole].tolist():
-        parts += _parts_of_range(row, d, itemsize, (begin, extent))
-    return parts
+    whole = (rows[:, START] == 0) & (rows[:, STOP] == rows[:, BOX + d : BOX + 2 * d].prod(axis=1))
+    ranges = [box for row in rows[~whole].tolist() for box in _boxes_of_row(row, d, itemsize)]
+    return np.concatenate([rows[whole], np.array(ranges, dtype=np.int64).reshape(-1, BOX + 3 * d)])
 
 
 def _with_whole_rows_as_boxes(rows: Rows, d: int) -> Rows:
@@ -107,15 +118,12 @@ def _with_whole_rows_as_boxes(rows: Rows, d: int) -> Rows:
     return rows
 
 
-def _parts_of_range(row: Sequence[int], d: int, itemsize: int, box: Box) -> Iterator[Part]:
-    at, size, stride = (tuple(row[BOX + d * n : BOX + d * (n + 1)]) for n in range(3))
-    origin = row[OFFSET] - row[START] * itemsize  # where the box would begin, were all of it here
-    for inner_at, inner_size in boxes_of_range(row[START], row[STOP], size):
-        in_tensor = tuple(a + b for a, b in zip(at, inner_at, strict=True))
-        found = intersect((in_tensor, inner_size), box)
-        if found is not None:
-            first = sum((x - a) * s for x, a, s in zip(found[0], at, stride, strict=True))
-            yield Part(row[FILE], origin + first * itemsize, tuple(s * itemsize for s in stride), *found)
+def _boxes_of_row(row: Sequence[int], d: int, itemsize: int) -> Iterator[list[int]]:
+    at, size, strides = (row[BOX + d * n : BOX + d * (n + 1)] for n in range(3))
+    for inner, extent in boxes_of_range(row[START], row[STOP], tuple(size)):
+        first = sum(x * s for x, s in zip(inner, strides, strict=True)) - row[START]
+        place = (a + b for a, b in zip(at, inner, strict=True))
+        yield [row[FILE], row[OFFSET] + first * itemsize, 0, math.prod(extent), *place, *extent, *strides]
 
 
 def intersect(one: Box, other: Box) -> Box | None:
@@ -155,12 +163,6 @@ def _in_row(number: int, boxes: list[Box]) -> list[Box]:
     return [((number, *at), (1, *size)) for at, size in boxes]
 
 
-def _parts_overlap(parts: Sequence[Part]) -> bool:
-    """Whether two parts share an element: what is left to ask where a piece is less than its box."""
-    at = np.array([part.offsets for part in parts], dtype=np.int64)
-    return _boxes_overlap(at, at + np.array([part.sizes for part in parts], dtype=np.int64))
-
-
 def _overlap(rows: Rows, dims: int) -> bool:
     """Whether two pieces may share an element: two ranges of one box, or two boxes."""
     columns = [rows[:, START], *(rows[:, BOX + n] for n in reversed(range(2 * dims)))]
@@ -170,11 +172,13 @@ def _overlap(rows: Rows, dims: int) -> bool:
     if np.any(same & (rows[1:, START] < rows[:-1, STOP])):
         return True
     boxes = boxes[np.concatenate([[True], ~same])]
-    return len(boxes) > 1 and _boxes_overlap(boxes[:, :dims], boxes[:, :dims] + boxes[:, dims:])
+    return len(boxes) > 1 and _boxes_overlap(boxes)
 
 
-def _boxes_overlap(at: Rows, ends: Rows) -> bool:
-    """Of different boxes. In a grid different ones never do; else a sweep."""
+def _boxes_overlap(boxes: Rows) -> bool:
+    """Of different boxes, offsets and sizes. In a grid different ones never do; else a sweep."""
+    at, sizes = np.hsplit(boxes, 2)
+    ends = at + sizes
     cells = np.zeros(len(at), dtype=np.int64)
     for dim in range(at.shape[1]):
         begins, number = np.unique(at[:, dim], return_inverse=True)

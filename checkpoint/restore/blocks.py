@@ -24,10 +24,10 @@ from resilient.checkpoint.image import data_start_of
 from resilient.checkpoint.levels.image_io import RECORD_READERS, read_fine_digests, read_image_range, read_record
 from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.record import Record
-from resilient.checkpoint.restore.boxes import BoxScatter, units
+from resilient.checkpoint.restore.boxes import units
 from resilient.checkpoint.restore.decide import Damaged, Decision, level_of_other
 from resilient.checkpoint.restore.exchange import send_window
-from resilient.checkpoint.restore.partial import Held, Nothing, Opened, Reading, Use, read_units, read_whole
+from resilient.checkpoint.restore.partial import Opened, Reading, Use, read_units, read_whole
 from resilient.checkpoint.restore.sharing import rounds_of
 from resilient.checkpoint.world import World
 from resilient.errors import DamagedImage, LevelFailed, OverBudget, ResilientError
@@ -37,6 +37,8 @@ _log = logging.getLogger("resilient")
 _DIGEST_BYTES = 16
 LOST = (DamagedImage, LevelFailed, FileNotFoundError)
 """What reading an image raises where another level or step may still serve."""
+Uses = Mapping[int, Use]
+"""By image where its blocks are to go."""
 Needs = Mapping[int, Any]
 """Of each image which blocks of 64 KiB are needed."""
 
@@ -158,7 +160,7 @@ class Blocks:
 
     def gather(
         self,
-        uses: "Mapping[int, BoxScatter | Held | Nothing]",
+        uses: Uses,
         needs: Needs,
     ) -> Damaged:
         """Bring the needed blocks of images to `uses`, by image; then agree on what cannot be used. Collective.
@@ -176,8 +178,7 @@ class Blocks:
         found = {int(rank): text for row, _ in rows for rank, text in row.items()}
         if not found:
             for rank, numbers in _union(wanted for _, wanted in rows):
-                use = uses.get(rank) if rank in remote else None
-                found |= self._send(rank, numbers, use.take if use is not None else None)
+                found |= self._send(rank, numbers, uses.get(rank) if rank in remote else None)
         return self.as_damaged(found)
 
     def disagrees(self, ranks: Iterable[int]) -> bool:
@@ -215,7 +216,7 @@ class Blocks:
     def _bytes_of(self, rank: int) -> int:
         return self.index.members[rank].image_bytes
 
-    def _read_together(self, uses: Mapping[int, Any], needs: Needs) -> tuple[dict[int, str], set[int]]:
+    def _read_together(self, uses: Uses, needs: Needs) -> tuple[dict[int, str], set[int]]:
         """Images that several ranks of a node want, read by one of them. What cannot be used, and what is done."""
         levels = {place.level for place in self._decision.places}
         if all(level not in self._stores or self._stores[level].is_near for level in levels):
@@ -232,7 +233,7 @@ class Blocks:
             done |= ready
         return bad, done
 
-    def _share(self, turn: Mapping[int, int], uses: Mapping[int, Any], needs: Needs) -> tuple[dict[int, str], set[int]]:
+    def _share(self, turn: Mapping[int, int], uses: Uses, needs: Needs) -> tuple[dict[int, str], set[int]]:
         """One round: each reader reads its image, then all take what they need of those of their node."""
         world, mine = self._world, turn.get(self._world.rank)
         rows = world.gather_results(lambda: (0, "") if mine is None else self._read_for_all(mine))
@@ -269,7 +270,7 @@ class Blocks:
         self._client.adopt(slot.id, record.step, record)
         return slot.id, ""
 
-    def _read_shared(self, slots: Mapping[int, int], uses: Mapping[int, Any], needs: Needs) -> None:
+    def _read_shared(self, slots: Mapping[int, int], uses: Uses, needs: Needs) -> None:
         """Take from images in the agent's memory, which another rank has verified there."""
         for rank, slot in slots.items():
             with self._client.map_image(rank, self._decision.step, self._size, slot_id=slot) as mapped:
@@ -279,26 +280,24 @@ class Blocks:
                 def read(offset: int, into: memoryview, mapped: MappedImage = mapped) -> None:
                     mapped.read(offset, [into])
 
-                read_units(Opened(record, "memory", read, verified=True), wanted, uses[rank].take)
+                read_units(Opened(record, "memory", read, verified=True), wanted, uses[rank])
 
     def _reaches(self, rank: int) -> bool:
         holders = self._decision.places[rank].holders
         return not holders or self._world.rank in holders
 
-    def read(self, ranks: Iterable[int], uses: Mapping[int, Any], needs: Needs) -> dict[int, str]:
+    def read(self, ranks: Iterable[int], uses: Uses, needs: Needs) -> dict[int, str]:
         """Give the needed blocks of images that this rank can reach to their uses; of those that failed, why."""
-        takers = {rank: use.take for rank, use in uses.items()}
-        return self._finish(Reading(takers), {rank: needs[rank] for rank in ranks}, takers)
+        return self._finish(Reading(uses), {rank: needs[rank] for rank in ranks}, uses)
 
-    def _read_rest(self, ranks: Iterable[int], uses: Mapping[int, Any], needs: Needs) -> dict[int, str]:
+    def _read_rest(self, ranks: Iterable[int], uses: Uses, needs: Needs) -> dict[int, str]:
         """As `read`, of which some has been read ahead."""
-        takers = {rank: use.take for rank, use in uses.items()}
-        reading, ahead = self._reading or Reading(takers), self._ahead
+        reading, ahead = self._reading or Reading(uses), self._ahead
         self._reading, self._ahead = None, {}
         rest = {rank: needs[rank] & ~ahead[rank] if rank in ahead else needs[rank] for rank in ranks}
-        return self._finish(reading, rest, takers)
+        return self._finish(reading, rest, uses)
 
-    def _finish(self, reading: Reading, needs: Needs, takers: Mapping[int, Use]) -> dict[int, str]:
+    def _finish(self, reading: Reading, needs: Needs, uses: Uses) -> dict[int, str]:
         failed: dict[int, Exception] = {}
         try:
             for rank, needed in needs.items():
@@ -306,7 +305,7 @@ class Blocks:
                     self._want(reading, rank, needed)
                 except LOST as error:
                     failed[rank] = error
-            failed |= reading.finish(takers)
+            failed |= reading.finish(uses)
         finally:
             reading.close()
         self.read_bytes += reading.read_bytes

@@ -1,15 +1,15 @@
 """Boxes of live tensors from pieces that were cut otherwise: which bytes of an image they need, and their scattering.
 
 `scatter.py` is the quick way for a job that is cut as it was when the snapshot was made; this one is for all others.
+All is counted in runs, rows of numbers: a rank of a large job may need pieces by the hundred thousand.
 """
 
-import threading
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+import ctypes
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,113 +17,133 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resilient.checkpoint.catalog.catalog import Tensor as Described
-from resilient.checkpoint.catalog.meet import Box, boxes_of_range, intersect, parts_of
-from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, STOP, UNITS, PieceTable, row_major
-from resilient.checkpoint.copying import Move
+from resilient.checkpoint.catalog.meet import Box, part_rows
+from resilient.checkpoint.catalog.table import BOX, FILE, OFFSET, START, UNITS, PieceTable, Rows, row_major
 from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES, fine_count
 from resilient.errors import DamagedImage
 
-_VIEWS: dict[int, torch.dtype] = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-    16: torch.complex128,
-}
+IMAGE, FIRST, COUNT, STRIDE, LENGTH, TO, TO_STRIDE = range(7)
+"""The columns of runs, in bytes: of image number `IMAGE`, from `FIRST` on, `COUNT` times `LENGTH`, each `STRIDE` behind
+the one before. Of what they fill, row-major, they are `TO` and what follows in steps of `TO_STRIDE`."""
 
 
-@dataclass(frozen=True, slots=True)
-class BoxRange:
-    """A stored piece of which a live tensor needs some: elements [start, stop), row-major, of the box (`at`, `sizes`).
+@dataclass(frozen=True, slots=True, eq=False)
+class Filling:
+    """A live tensor, or a part of one, and the runs that fill it, each element once."""
 
-    They begin at `offset` in the image of old rank `image_rank`. `local` is the box `place` of the same global tensor,
-    and has `needed` of the elements.
-    """
-
-    image_rank: int
-    offset: int
-    start: int
-    stop: int
-    at: tuple[int, ...]
-    sizes: tuple[int, ...]
     local: Tensor
-    place: Box
-    needed: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of the piece, not only of what is needed of it."""
-        return (self.stop - self.start) * self.local.element_size()
-
-    @property
-    def needed_bytes(self) -> int:
-        return self.needed * self.local.element_size()
-
-    def boxes(self, start: int, stop: int) -> list[Box]:
-        """Elements [start, stop) of the stored box, as boxes of the global tensor in the order of their bytes."""
-        return _boxes_at(self.at, start, stop, self.sizes)
+    runs: Rows
 
 
-def box_ranges(tensor: Described, local: Tensor, place: Box, begins: Sequence[int]) -> list[BoxRange]:
+def filling_of(tensor: Described, local: Tensor, place: Box, begins: Rows) -> Filling:
     """What of the stored pieces fills `local`, the box `place` of the tensor. `begins`: where each image's data does.
 
     Raises DamagedImage where they do not make it up, ValueError for a place outside of the tensor.
     """
     if not local.numel():
-        return []
-    d, rows = tensor.pieces.dims, tensor.pieces.near(*place)
-    needed = _needed(np.ascontiguousarray(rows[:, START:]).tobytes(), tensor.shape, place)
-    if needed is None:
-        parts_of(tensor, *place)  # which says what is missing
-    found = []
-    for number, count in (needed or {}).items():
-        row = rows[number].tolist()
-        at, sizes = tuple(row[BOX : BOX + d]), tuple(row[BOX + d : BOX + 2 * d])
-        offset = begins[row[FILE]] + row[OFFSET]
-        found.append(BoxRange(row[FILE], offset, row[START], row[STOP], at, sizes, local, place, count))
-    return found
+        return Filling(local, np.empty((0, TO_STRIDE + 1), dtype=np.int64))
+    rows = tensor.pieces.near(*place)
+    cut = _runs(np.ascontiguousarray(rows[:, START:]).tobytes(), tensor.shape, place)
+    if cut is None:
+        part_rows(tensor, place)  # which says what is missing
+    assert cut is not None, "what is missing without a place is missing"
+    runs, rows = cut.copy(), rows[cut[:, IMAGE]]
+    runs[:, IMAGE] = rows[:, FILE]
+    runs[:, [FIRST, *range(STRIDE, TO_STRIDE + 1)]] *= local.element_size()
+    runs[:, FIRST] += rows[:, OFFSET] + begins[rows[:, FILE]]
+    return Filling(local, runs)
 
 
-@lru_cache(maxsize=4096)
-def _needed(geometry: bytes, shape: tuple[int, ...], place: Box) -> dict[int, int] | None:
-    """How many elements of those of some pieces, by number, that have any lie in a box; None where they do not make it
-    up exactly.
+@lru_cache(maxsize=1024)
+def _runs(geometry: bytes, shape: tuple[int, ...], place: Box) -> Rows | None:
+    """The runs that make up a box, in elements, of pieces (by number) instead of images, from the first of each on.
+    None where the pieces do not make it up exactly.
 
     `geometry` are their rows without where they are: the same for many tensors, such as a parameter and its moments.
     """
-    cuts = np.frombuffer(geometry, dtype=np.int64).reshape(-1, BOX - START + 3 * len(shape))
-    rows = np.hstack([np.arange(len(cuts))[:, None], np.zeros((len(cuts), 1), np.int64), cuts])
-    table = PieceTable(len(shape), rows)
+    d = len(shape)
+    cuts = np.frombuffer(geometry, dtype=np.int64).reshape(-1, BOX - START + 3 * d)
+    rows = np.column_stack([np.arange(len(cuts)), np.zeros(len(cuts), np.int64), cuts])
     try:
-        parts = parts_of(Described(name="", kind="tensor", dtype="uint8", shape=shape, pieces=table), *place)
+        parts = part_rows(
+            Described(name="", kind="tensor", dtype="uint8", shape=shape, pieces=PieceTable(d, rows)), place
+        )
     except DamagedImage:
         return None
-    found: dict[int, int] = {}
-    for part in parts:
-        found[part.file] = found.get(part.file, 0) + part.numel
-    return found
+    at, sizes, strides = (parts[:, BOX + d * n : BOX + d * (n + 1)] for n in range(3))
+    to_strides = np.array(row_major(place[1]), dtype=np.int64)
+    to = ((at - np.array(place[0], dtype=np.int64)) * to_strides).sum(axis=1)
+    one = np.ones_like(to)
+    runs = np.column_stack([parts[:, FILE], parts[:, OFFSET], one, one, one, to, one])
+    for dim in reversed(range(d)):
+        runs, more = _grown(runs, sizes[:, dim], strides[:, dim], int(to_strides[dim]))
+        sizes, strides = sizes[more], strides[more]
+    runs[:, STRIDE] = np.where(runs[:, COUNT] == 1, runs[:, LENGTH], runs[:, STRIDE])
+    return runs
 
 
-def needed_blocks(ranges: Iterable[BoxRange], image_bytes: int) -> NDArray[np.bool_]:
-    """Which blocks of `FINE_BYTES` of an image hold bytes that the ranges need."""
-    single: list[tuple[int, int]] = []
-    firsts, lasts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for one in ranges:
-        itemsize = one.local.element_size()
-        for run in _runs(one.start, one.stop, one.at, one.sizes, one.place):
-            first, nbytes = one.offset + run.first * itemsize, run.length * itemsize
-            if not run.sizes:
-                single.append((first, first + nbytes - 1))
-                continue
-            begins = first + _grid(run.sizes, run.strides) * itemsize
-            firsts.append(begins)
-            lasts.append(begins + nbytes - 1)
-    whole = np.array(single, dtype=np.int64).reshape(-1, 2)
-    begin, end = np.concatenate([*firsts, whole[:, 0]]), np.concatenate([*lasts, whole[:, 1]])
-    count = fine_count(image_bytes) + 1
-    steps = np.bincount(begin // FINE_BYTES, minlength=count) - np.bincount(end // FINE_BYTES + 1, minlength=count)
-    needed: NDArray[np.bool_] = np.cumsum(steps[:-1]) > 0
-    return needed
+def _grown(runs: Rows, size: Rows, stride: Rows, to_stride: int) -> tuple[Rows, Rows]:
+    """Runs along one more dimension of their boxes, and which of the runs before each comes from."""
+    more, count, length = size > 1, runs[:, COUNT], runs[:, LENGTH]
+    alone = more & (count == 1)
+    longer = alone & (stride == length) & (to_stride == length)
+    regular = (stride == count * runs[:, STRIDE]) & (to_stride == count * runs[:, TO_STRIDE])
+    beside, further = alone & ~longer, more & ~alone & regular
+    times = np.where(more & ~alone & ~regular, size, 1)
+    columns = {
+        COUNT: np.where(beside | further, count * size, count),
+        STRIDE: np.where(beside, stride, runs[:, STRIDE]),
+        LENGTH: np.where(longer, length * size, length),
+        TO_STRIDE: np.where(beside, to_stride, runs[:, TO_STRIDE]),
+    }
+    for number, column in columns.items():
+        runs[:, number] = column
+    each, step = _repeated(times)
+    runs = runs[each]
+    runs[:, FIRST] += step * stride[each]
+    runs[:, TO] += step * to_stride
+    return runs, each
+
+
+def _repeated(times: Rows) -> tuple[Rows, Rows]:
+    """Numbers of rows, each so often, and how often each was there before."""
+    each = np.repeat(np.arange(len(times)), times)
+    return each, np.arange(len(each)) - (np.cumsum(times) - times)[each]
+
+
+class Wanted:
+    """All that a rank wants of images at a time. `images`: the numbers of those, ascending."""
+
+    def __init__(self, fillings: Iterable[Filling]) -> None:
+        self.fillings = list(fillings)
+        self.runs = np.concatenate([np.empty((0, TO_STRIDE + 1), np.int64), *(one.runs for one in self.fillings)])
+        self.images: list[int] = np.flatnonzero(np.bincount(self.runs[:, IMAGE])).tolist()
+
+    @property
+    def nbytes(self) -> int:
+        return int((self.runs[:, COUNT] * self.runs[:, LENGTH]).sum())
+
+    def blocks(self, image_bytes: Mapping[int, int]) -> dict[int, NDArray[np.bool_]]:
+        """Which blocks of `FINE_BYTES` of each image are wanted. Raises DamagedImage for bytes behind its end."""
+        runs, reach = self.runs, _reach(self.runs)
+        ends = np.cumsum([fine_count(image_bytes[image]) for image in self.images])
+        base, most = np.zeros((2, 1 + max(self.images, default=0)), dtype=np.int64)
+        base[self.images], most[self.images] = [0, *ends[:-1]], [image_bytes[image] for image in self.images]
+        if (runs[:, FIRST] + reach > most[runs[:, IMAGE]]).any():
+            raise DamagedImage("the checkpoint has pieces behind the ends of its images: use another snapshot")
+        wide = runs[:, STRIDE] - runs[:, LENGTH] >= FINE_BYTES  # else no block fits in between
+        each, step = _repeated(np.where(wide, runs[:, COUNT], 1))
+        begin = runs[each, FIRST] + step * runs[each, STRIDE]
+        end = begin + np.where(wide, runs[:, LENGTH], reach)[each] - 1
+        base, count = base[runs[each, IMAGE]], int(ends[-1]) + 1 if self.images else 1
+        begin, end = (np.bincount(base + at // FINE_BYTES, minlength=count) for at in (begin, end + FINE_BYTES))
+        return dict(zip(self.images, np.split(np.cumsum((begin - end)[:-1]) > 0, ends[:-1]), strict=True))
+
+
+def _reach(runs: Rows) -> Rows:
+    """From the first byte of each to its last."""
+    reach: Rows = (runs[:, COUNT] - 1) * runs[:, STRIDE] + runs[:, LENGTH]
+    return reach
 
 
 def units(needed: NDArray[np.bool_], image_bytes: int, *, fine: bool) -> list[tuple[int, int]]:
@@ -141,171 +161,73 @@ def units(needed: NDArray[np.bool_], image_bytes: int, *, fine: bool) -> list[tu
     return found
 
 
-class _Run(NamedTuple):
-    """Contiguous elements that are needed of a piece, `length` each: `first` is where the first begin, from the piece's
-    own first; `sizes` and `strides` lead to the others. `to`: where the first one goes, from the first of the box that
-    needs them, if all go there one behind the other; else None. All in elements.
-    """
-
-    first: int
-    length: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    to: int | None
-
-
-@lru_cache(maxsize=4096)
-def _runs(start: int, stop: int, at: tuple[int, ...], sizes: tuple[int, ...], place: Box) -> tuple[_Run, ...]:
-    """What a box `place` needs of elements [start, stop) of the box (`at`, `sizes`). The same for many tensors."""
-    found = []
-    strides = row_major(sizes)
-    for box in _boxes_at(at, start, stop, sizes):
-        shared = intersect(box, place)
-        if shared is None:
-            continue
-        inner, dim = 1, len(shared[1])
-        while dim:
-            dim -= 1
-            inner *= shared[1][dim]
-            if shared[1][dim] != sizes[dim]:  # beyond it, something else lies between
-                break
-        first = sum((x - a) * s for x, a, s in zip(shared[0], at, strides, strict=True)) - start
-        outer = [(size, stride) for size, stride in zip(shared[1][:dim], strides[:dim], strict=True) if size > 1]
-        sizes_outer, strides_outer = tuple(size for size, _ in outer), tuple(stride for _, stride in outer)
-        found.append(_Run(first, inner, sizes_outer, strides_outer, None if outer else _begins_in(place, shared)))
-    return tuple(found)
-
-
-def _begins_in(place: Box, shared: Box) -> int | None:
-    """Where in a contiguous array, the box `place`, a part of it begins; None if other elements lie in between."""
-    thick = next((dim for dim, size in enumerate(shared[1]) if size > 1), len(shared[1]))
-    if shared[1][thick + 1 :] != place[1][thick + 1 :]:
-        return None
-    return sum((x - a) * s for x, a, s in zip(shared[0], place[0], row_major(place[1]), strict=True))
-
-
-def _grid(sizes: Sequence[int], strides: Sequence[int]) -> NDArray[np.int64]:
-    """Where the elements of an array with these strides are, from the first."""
-    found = np.zeros(1, dtype=np.int64)
-    for size, stride in zip(sizes, strides, strict=True):
-        found = (found[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
-    return found
-
-
-def _boxes_at(at: tuple[int, ...], start: int, stop: int, sizes: tuple[int, ...]) -> list[Box]:
-    """Elements [start, stop) of the box (`at`, `sizes`), as boxes of the global tensor in the order of their bytes."""
-    return [
-        (tuple(a + b for a, b in zip(at, inner, strict=True)), size)
-        for inner, size in boxes_of_range(start, stop, sizes)
-    ]
-
-
 class BoxScatter:
-    """Fills box ranges of one image. `take` may be called from several threads, with portions that do not overlap.
+    """Fills what is wanted of images. `take` may be called from several threads, with portions that do not overlap.
 
     Portions begin and end between elements: the data of an image is aligned. `finish` when all were taken.
     """
 
-    def __init__(self, ranges: Iterable[BoxRange]) -> None:
-        self._ranges = list(ranges)  # keeps the memory that is copied to
-        moves, targets = list[tuple[int, int, int]](), list[_BoxTarget]()
-        for one in self._ranges:
-            found = _moves(one)
-            if found is None:
-                targets.append(_BoxTarget(one))
-            else:
-                moves += found
-        self._moves = sorted(moves)
-        self._move_stops = list(accumulate((stop for _, stop, _ in self._moves), max))  # sorted, if they overlap too
-        self._targets = sorted(targets, key=lambda target: target.begin)
-        self._stops = list(accumulate((target.stop for target in self._targets), max))
+    def __init__(self, wanted: Wanted) -> None:
+        self._fillings = wanted.fillings  # keeps the memory that is copied to
+        self._targets = [_host_array(one.local) for one in self._fillings]
+        owners = np.repeat(np.arange(len(self._fillings)), [len(one.runs) for one in self._fillings])
+        order = np.lexsort((wanted.runs[:, FIRST], wanted.runs[:, IMAGE]))
+        runs, owners = wanted.runs[order], owners[order]
+        first, reach = runs[:, FIRST].copy(), _reach(runs)
+        ends = [*np.searchsorted(runs[:, IMAGE], wanted.images), len(runs)]
+        self._of = {
+            image: (first[a:b], np.maximum.accumulate((first + reach)[a:b]), runs[a:b], owners[a:b])
+            for image, (a, b) in zip(wanted.images, pairwise(ends), strict=True)
+        }
 
-    def take(self, begin: int, portion: memoryview) -> None:
-        """Bytes of the image from `begin` on: each range gets what is its own of them."""
-        end = begin + portion.nbytes
-        source = np.frombuffer(portion, dtype=np.uint8).ctypes.data - begin
-        for number in range(bisect_right(self._move_stops, begin), len(self._moves)):
-            first, stop, place = self._moves[number]
-            if first >= end:
-                break
-            first, stop = max(first, begin), min(stop, end)
-            if first < stop:
-                Move(place + first, source + first, stop - first).run()  # large ones release the interpreter lock
-        for number in range(bisect_right(self._stops, begin), len(self._targets)):
-            target = self._targets[number]
-            if target.begin >= end:
-                break
-            if target.stop > begin:
-                target.take(max(begin, target.begin), min(end, target.stop), begin, portion)
+    def uses(self) -> dict[int, Callable[[int, memoryview], None]]:
+        """By image, where its bytes are to be given to."""
+        return {image: partial(self.take, image) for image in self._of}
+
+    def take(self, image: int, begin: int, portion: memoryview) -> None:
+        """Bytes of an image from `begin` on: each run gets what is its own of them."""
+        first, ends, runs, owners = self._of[image]
+        some = slice(np.searchsorted(ends, begin, "right"), np.searchsorted(first, begin + portion.nbytes))
+        for owner, (_, at, *run) in zip(owners[some].tolist(), runs[some].tolist(), strict=True):
+            _copy(self._targets[owner], portion, at - begin, *run)
 
     def finish(self) -> None:
         """Bring what lies on another device, or not in order, to its place."""
-        for target in self._targets:
-            target.finish()
-
-
-def _moves(one: BoxRange) -> list[tuple[int, int, int]] | None:
-    """Bytes [first, stop) of the image that are to be copied as they are, and where to: the address at which byte 0
-    would be. None where that is not enough."""
-    local, itemsize = one.local, one.local.element_size()
-    if local.device.type != "cpu" or not local.is_contiguous() or local.is_complex():
-        return None
-    found, address = [], local.data_ptr()
-    for run in _runs(one.start, one.stop, one.at, one.sizes, one.place):
-        if run.to is None:
-            return None
-        first = one.offset + run.first * itemsize
-        found.append((first, first + run.length * itemsize, address + run.to * itemsize - first))
-    return found
-
-
-class _BoxTarget:
-    def __init__(self, one: BoxRange) -> None:
-        self._one = one
-        self._itemsize = one.local.element_size()
-        self.begin, self.stop = one.offset, one.offset + one.nbytes
-        self._strides = row_major(one.sizes)
-        self._host = _host_view(one.local)
-        self._lock = threading.Lock()
-        self._staged: list[tuple[Any, Any]] = []
-
-    def take(self, begin: int, stop: int, origin: int, portion: memoryview) -> None:
-        one, size = self._one, self._itemsize
-        start = one.start + (begin - one.offset) // size
-        end = one.start + (stop - one.offset) // size
-        values = np.frombuffer(portion[begin - origin : stop - origin], dtype=UNITS[size])
-        for box in one.boxes(start, end):
-            shared = intersect(box, one.place)
-            if shared is not None:
-                self._put(shared, values, start)
-
-    def _put(self, shared: Box, values: Any, start: int) -> None:
-        one, size = self._one, self._itemsize
-        first = sum((x - a) * s for x, a, s in zip(shared[0], one.at, self._strides, strict=True)) - start
-        found = np.lib.stride_tricks.as_strided(
-            values[first:], shape=shared[1], strides=tuple(s * size for s in self._strides), writeable=False
-        )
-        at = tuple(slice(x - a, x - a + n) for x, a, n in zip(shared[0], one.place[0], shared[1], strict=True))
-        if self._host is not None:
-            target = self._host[(..., *at)]
-            if target.flags.c_contiguous and found.flags.c_contiguous and found.nbytes > FINE_BYTES:
-                Move(target.ctypes.data, found.ctypes.data, found.nbytes).run()  # releases the interpreter lock
-            else:
-                target[...] = found
-            return
-        with self._lock:
-            self._staged.append((at, found.copy()))
-
-    def finish(self) -> None:
         with torch.no_grad():
-            for at, values in self._staged:
-                view = torch.from_numpy(values.view(np.uint8)).view(self._one.local.dtype)
-                self._one.local[(..., *at)].copy_(view.view(values.shape))
-        self._staged = []
+            for one, target in zip(self._fillings, self._targets, strict=True):
+                if not _is_plain(one.local):
+                    values = torch.from_numpy(target.view(np.uint8)).view(one.local.dtype)
+                    one.local.copy_(values.view(one.local.shape))
 
 
-def _host_view(local: Tensor) -> Any:
-    """A live tensor as a numpy array of elements of its size; None where it is not in host memory."""
-    if local.device.type != "cpu":
-        return None
-    return local.detach().view(_VIEWS[local.element_size()]).numpy()
+def _is_plain(local: Tensor) -> bool:
+    """Whether its elements lie in host memory, row-major."""
+    return local.device.type == "cpu" and local.is_contiguous()
+
+
+def _host_array(local: Tensor) -> Any:
+    """The elements of a live tensor, row-major; room for them where they are not plain host memory."""
+    unit = UNITS[local.element_size()]
+    if not _is_plain(local):
+        return np.empty(local.numel(), dtype=unit)
+    memory: Any = (ctypes.c_uint8 * local.nbytes).from_address(local.data_ptr())
+    return np.ndarray(local.numel(), unit, memory)
+
+
+def _copy(
+    target: Any, portion: memoryview, at: int, count: int, stride: int, length: int, to: int, to_stride: int
+) -> None:
+    """What a portion of an image has of a run, which begins `at` bytes behind its beginning. Large copies release the
+    interpreter lock."""
+    unit, size = target.dtype, target.itemsize
+    low, high = max(0, -(at // stride)), min(count, (portion.nbytes - at - length) // stride + 1)
+    if low < high:  # these are all there
+        shape = high - low, length // size
+        values: Any = np.ndarray(shape, unit, portion, at + low * stride, (stride, size))
+        np.ndarray(shape, unit, target, to + low * to_stride, (to_stride, size))[...] = values
+    for number in {low - 1, high} & set(range(count)):
+        begin = at + number * stride
+        first, end = max(begin, 0), min(begin + length, portion.nbytes)
+        if first < end:
+            place = (to + number * to_stride + first - begin) // size
+            target[place : place + (end - first) // size] = np.frombuffer(portion[first:end], dtype=unit)

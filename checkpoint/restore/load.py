@@ -24,7 +24,7 @@ from resilient.checkpoint.leaves import Leaf, Leaves, overlaps, place_of
 from resilient.checkpoint.pieces import Piece
 from resilient.checkpoint.provided import Provided
 from resilient.checkpoint.record import Record
-from resilient.checkpoint.restore.boxes import BoxRange
+from resilient.checkpoint.restore.boxes import Filling
 from resilient.checkpoint.restore.images import Stored
 from resilient.checkpoint.restore.scatter import Range
 from resilient.errors import DamagedImage, LayoutMismatch
@@ -32,7 +32,7 @@ from resilient.errors import DamagedImage, LayoutMismatch
 _log = logging.getLogger("resilient")
 
 
-Known = Mapping[str, Sequence[Range | BoxRange]]
+Known = Mapping[str, Sequence[Range | Filling]]
 """What fills tensors, by their keys."""
 
 
@@ -66,7 +66,7 @@ class Catalog:
                 found.setdefault(first.parameter, {})[first.name] = pieces
         return found
 
-    def ranges(self, key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> Sequence[Range | BoxRange]:
+    def ranges(self, key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> Sequence[Range | Filling]:
         """Where the bytes of one box are. Raises LayoutMismatch, naming the tensor, where they do not cover it."""
         return ranges_of(key, local, box, pieces)
 
@@ -134,7 +134,7 @@ class Proposal:
     `cut_otherwise`: it does nothing, for the snapshot is cut at other places than this job.
     """
 
-    ranges: list[Range | BoxRange] = field(default_factory=list)
+    ranges: list[Range | Filling] = field(default_factory=list)
     states: list[tuple[Optimizer, Any, dict[Any, Any]]] = field(default_factory=list)  # key of its state, new contents
     cut_otherwise: bool = False
 
@@ -180,7 +180,7 @@ def propose(
     return proposal
 
 
-def known_ranges(found: Leaves, catalog: Catalog) -> Iterator[tuple[str, Sequence[Range | BoxRange]]]:
+def known_ranges(found: Leaves, catalog: Catalog) -> Iterator[tuple[str, Sequence[Range | Filling]]]:
     """By key those of the ranges that `propose` will find for which no objects are needed. Overwrites nothing.
 
     What does not fit is left out: to say so is up to `propose`.
@@ -210,7 +210,7 @@ def _check_objects(state: Mapping[str, object], objects: Mapping[str, Any]) -> N
             raise LayoutMismatch(f"state[{item!r}] is an optimizer, and was none when the snapshot was made")
 
 
-def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> Sequence[Range | BoxRange]:
+def _ranges_of_model(leaf: Leaf, catalog: Catalog) -> Sequence[Range | Filling]:
     try:
         ranges = catalog.ranges(leaf.key, leaf.local, leaf.box, catalog.find(leaf))
     except LayoutMismatch as error:
@@ -250,7 +250,7 @@ def _propose_optimizer(
 
 def _ranges_of_state(
     catalog: Catalog, pieces: list[Stored], tensor: Tensor, parameter: Leaf
-) -> Sequence[Range | BoxRange]:
+) -> Sequence[Range | Filling]:
     if not isinstance(tensor, DTensor):
         return catalog.ranges(pieces[0].key, tensor.detach(), Piece.whole(tensor.shape), pieces)
     box = parameter.box if _is_cut_alike(tensor, parameter.tensor) else place_of(tensor).box

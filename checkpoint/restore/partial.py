@@ -197,11 +197,8 @@ class Held:
         self.view[begin : begin + portion.nbytes] = portion
 
 
-class Nothing:
-    """For blocks that are only to be verified."""
-
-    def take(self, begin: int, portion: memoryview) -> None:
-        """Nothing."""
+def nothing(_begin: int, _portion: memoryview) -> None:
+    """The use of blocks that are only to be verified."""
 
 
 def blocks_of(spans: Iterable[Unit], image_bytes: int) -> NDArray[np.bool_]:

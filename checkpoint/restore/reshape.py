@@ -25,12 +25,12 @@ from resilient.checkpoint.levels.store import Store
 from resilient.checkpoint.names import image_name
 from resilient.checkpoint.record import Record
 from resilient.checkpoint.restore.blocks import Blocks, Outdated
-from resilient.checkpoint.restore.boxes import BoxRange, BoxScatter, needed_blocks
+from resilient.checkpoint.restore.boxes import BoxScatter, Filling, Wanted
 from resilient.checkpoint.restore.decide import Damaged, Decision
 from resilient.checkpoint.restore.images import Image
 from resilient.checkpoint.restore.indexing import index_of_records, keep_index, stored_index
 from resilient.checkpoint.restore.load import Proposal, known_ranges, propose
-from resilient.checkpoint.restore.partial import Held, Nothing, blocks_of
+from resilient.checkpoint.restore.partial import Held, blocks_of, nothing
 from resilient.checkpoint.restore.reshaped import Reshaped, objects_rank
 from resilient.checkpoint.restore.scatter import Range
 from resilient.checkpoint.restore.source import InMemory
@@ -76,7 +76,7 @@ class Reshaper:
         self._decision = decision
         self._size = len(decision.places)
         self._blocks = Blocks(client, world, stores, decision, opened, policy)
-        self._known: dict[str, Sequence[Range | BoxRange]] = {}  # of tensors that are read ahead
+        self._known: dict[str, Sequence[Range | Filling]] = {}  # of tensors that are read ahead
         self.touched = False  # whether live tensors may have been overwritten
 
     def run(self, extras: Extras, *, fresh: bool) -> tuple[Reshape | None, Damaged]:
@@ -108,41 +108,39 @@ class Reshaper:
         catalog, damaged = self._begin(index, chosen, ends, tail, ahead=fresh)
         damaged |= self._find_replicas(catalog, index)
         if not damaged and not self._blocks.are_within_reach:
-            damaged = self._blocks.gather({chosen: tail}, {chosen: ends})
+            damaged = self._blocks.gather({chosen: tail.take}, {chosen: ends})
         if damaged:
             return None, damaged
         image, proposal, wanted, needs = self._propose(index, chosen, tail, catalog)
         if not fresh:
-            damaged = self._blocks.gather({rank: Nothing() for rank in wanted}, needs)
+            damaged = self._blocks.gather(dict.fromkeys(wanted.images, nothing), needs)
             if damaged:
                 return None, damaged
         self.touched = True
         proposal.install()
-        scatters = {rank: BoxScatter(ranges) for rank, ranges in wanted.items()}
-        damaged = self._blocks.gather(scatters, needs)
+        scatter = BoxScatter(wanted)
+        damaged = self._blocks.gather(scatter.uses(), needs)
         if damaged:
             return None, damaged
-        for scatter in scatters.values():
-            scatter.finish()
+        scatter.finish()
         notes = self._world.together(lambda: extras.apply(image.objects, self._found, image.groups()))
-        nbytes = sum(one.needed_bytes for ranges in wanted.values() for one in ranges)
-        return Reshape(notes, nbytes, self._blocks.read_bytes, self._blocks.records_read), frozenset()
+        return Reshape(notes, wanted.nbytes, self._blocks.read_bytes, self._blocks.records_read), frozenset()
 
     def _propose(
         self, index: Index, chosen: int, tail: Held, catalog: Reshaped
-    ) -> tuple[Image, Proposal, dict[int, list[BoxRange]], dict[int, Any]]:
-        """The objects of the chosen image, and what this rank wants of which: ranges by image, and their blocks.
+    ) -> tuple[Image, Proposal, Wanted, dict[int, Any]]:
+        """The objects of the chosen image, and what this rank wants of which: and the blocks of it.
 
         Collective: raises Outdated on all ranks.
         """
-        made: list[tuple[Image, Proposal, dict[int, list[BoxRange]], dict[int, Any]]] = []
+        made: list[tuple[Image, Proposal, Wanted, dict[int, Any]]] = []
 
         def plan() -> bool:
             image = Image(InMemory(_told_of(index, chosen), "", tail.view, verified=True))
             proposal = propose(self._state, self._found, catalog, image.objects, self._known)
-            wanted = _by_image(proposal.ranges)
+            wanted = _wanted(proposal.ranges)
             made.append((image, proposal, wanted, _needs(index, wanted)))
-            return self._blocks.disagrees(wanted)
+            return self._blocks.disagrees(wanted.images)
 
         if any(self._world.gather_results(plan)):
             raise Outdated
@@ -166,7 +164,7 @@ class Reshaper:
                 self._look_ahead(catalog, index)
             outdated, bad = self._blocks.disagrees([chosen]), {}
             if not outdated and self._blocks.are_within_reach:
-                bad = self._blocks.read([chosen], {chosen: tail}, {chosen: ends})
+                bad = self._blocks.read([chosen], {chosen: tail.take}, {chosen: ends})
             return [catalog.missing(self._found), tied, outdated, bad]
 
         rows = self._world.gather_results(begin)
@@ -189,7 +187,7 @@ class Reshaper:
         coming = known_ranges(self._found, catalog)
         while some := dict(islice(coming, _TENSORS_AHEAD)):
             self._known |= some
-            self._blocks.read_ahead(_needs(index, _by_image(chain.from_iterable(some.values()))))
+            self._blocks.read_ahead(_needs(index, _wanted(chain.from_iterable(some.values()))))
 
     def _find_replicas(self, catalog: Reshaped, index: Index) -> Damaged:
         """Tell the catalog which parameters are the same on all ranks that have one each: replicas by convention.
@@ -232,7 +230,7 @@ class Reshaper:
         image_bytes = member.image_bytes
         held = Held(image_bytes)
         problems = self._blocks.read(
-            [rank], {rank: held}, {rank: blocks_of([span for _, _, span in spans], image_bytes)}
+            [rank], {rank: held.take}, {rank: blocks_of([span for _, _, span in spans], image_bytes)}
         )
         if problems:
             return rank, [], problems[rank]
@@ -264,14 +262,10 @@ def _told_of(index: Index, rank: int) -> Record:
     )
 
 
-def _needs(index: Index, wanted: Mapping[int, list[BoxRange]]) -> dict[int, Any]:
-    """Which blocks of which images ranges need."""
-    return {rank: needed_blocks(ranges, index.members[rank].image_bytes) for rank, ranges in wanted.items()}
+def _needs(index: Index, wanted: Wanted) -> dict[int, Any]:
+    """Which blocks of which images are wanted."""
+    return wanted.blocks({rank: index.members[rank].image_bytes for rank in wanted.images})
 
 
-def _by_image(ranges: Iterable[Range | BoxRange]) -> dict[int, list[BoxRange]]:
-    found: dict[int, list[BoxRange]] = {}
-    for one in ranges:
-        assert isinstance(one, BoxRange)
-        found.setdefault(one.image_rank, []).append(one)
-    return dict(sorted(found.items()))
+def _wanted(ranges: Iterable[Range | Filling]) -> Wanted:
+    return Wanted(one for one in ranges if isinstance(one, Filling))

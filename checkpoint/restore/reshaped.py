@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
+import numpy as np
 from torch import Tensor
 
 from resilient.checkpoint.catalog.catalog import Catalog as Described
@@ -15,10 +16,11 @@ from resilient.checkpoint.catalog.catalog import Tensor as DescribedTensor
 from resilient.checkpoint.catalog.index import Index
 from resilient.checkpoint.catalog.meet import boxes_of_range
 from resilient.checkpoint.catalog.native import native_catalog
+from resilient.checkpoint.catalog.table import Rows
 from resilient.checkpoint.dtypes import torch_dtype
 from resilient.checkpoint.leaves import Leaf, Leaves
 from resilient.checkpoint.pieces import Piece
-from resilient.checkpoint.restore.boxes import BoxRange, box_ranges
+from resilient.checkpoint.restore.boxes import Filling, filling_of
 from resilient.checkpoint.restore.images import Stored
 from resilient.checkpoint.restore.load import Catalog
 from resilient.errors import LayoutMismatch
@@ -39,7 +41,7 @@ class Reshaped(Catalog):
         self.described: Described = native_catalog(index)
         self._mine = rank % self.world_size
         self._replicated: set[str] = set()
-        self._begins = [file.begins for file in self.described.files]
+        self._begins = np.array([file.begins for file in self.described.files], dtype=np.int64)
         self._hosts: dict[str, bool] = {}
         for header, entry in index.entries.items():
             self._hosts[header.name] = self._hosts.get(header.name, False) or entry.host
@@ -80,7 +82,7 @@ class Reshaped(Catalog):
     def shared_with(self, group: tuple[int, ...], pieces: list[Stored]) -> list[Stored]:
         return pieces
 
-    def ranges(self, key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> Sequence[BoxRange]:
+    def ranges(self, key: str, local: Tensor, box: Piece, pieces: list[Stored]) -> Sequence[Filling]:
         if not pieces:
             raise LayoutMismatch(f"the snapshot has no tensor {key!r}: was it made by another model?")
         tensor = self._variant(self.described.tensors[pieces[0].key])
@@ -90,7 +92,7 @@ class Reshaped(Catalog):
                 f"{local.dtype} {box.shape} in this job"
             )
         if box.is_box:
-            return box_ranges(tensor, local, (box.offsets, box.sizes), self._begins)
+            return [filling_of(tensor, local, (box.offsets, box.sizes), self._begins)]
         return list(_flat_ranges(tensor, local, box, self._begins))
 
     def _variant(self, tensor: DescribedTensor) -> DescribedTensor:
@@ -125,13 +127,13 @@ class Reshaped(Catalog):
         )
 
 
-def _flat_ranges(tensor: DescribedTensor, local: Tensor, piece: Piece, begins: Sequence[int]) -> Iterator[BoxRange]:
+def _flat_ranges(tensor: DescribedTensor, local: Tensor, piece: Piece, begins: Rows) -> Iterator[Filling]:
     """What fills a range of a box, which `local` holds in row-major order."""
     at = 0
     for offsets, sizes in boxes_of_range(piece.start, piece.stop, piece.sizes):
         numel = prod(sizes)
         place = tuple(a + b for a, b in zip(piece.offsets, offsets, strict=True))
-        yield from box_ranges(tensor, local[at : at + numel].view(sizes), (place, sizes), begins)
+        yield filling_of(tensor, local[at : at + numel].view(sizes), (place, sizes), begins)
         at += numel
 
 

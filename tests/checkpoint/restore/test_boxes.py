@@ -4,7 +4,9 @@ import itertools
 import math
 import random
 import sys
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from resilient.checkpoint.catalog.catalog import Tensor as Described
 from resilient.checkpoint.catalog.table import PieceTable, StoredPiece
 from resilient.checkpoint.digest import BLOCK_BYTES, FINE_BYTES
 from resilient.checkpoint.pieces import Piece
-from resilient.checkpoint.restore.boxes import BoxScatter, box_ranges, needed_blocks, units
+from resilient.checkpoint.restore.boxes import BoxScatter, Wanted, filling_of, units
 from resilient.errors import DamagedImage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.complex64, torch.float64, torch.complex128]
@@ -77,18 +79,49 @@ def fill(chance: random.Random, stored: Stored, at: tuple[int, ...], sizes: tupl
     local = torch.zeros(sizes, dtype=stored.dtype)
     if local.dim() > 1 and chance.random() < 0.3:
         local = torch.zeros(sizes[::-1], dtype=stored.dtype).permute(*range(local.dim())[::-1])  # not contiguous
-    ranges = box_ranges(stored.tensor, local, (at, sizes), stored.begins)
-    assert sum(one.needed_bytes for one in ranges) == local.numel() * local.element_size()
-    for number, image in enumerate(stored.images):
-        mine = [one for one in ranges if one.image_rank == number]
-        scatter = BoxScatter(mine)
-        for begin, end in units(needed_blocks(mine, len(image)), len(image), fine=chance.random() < 0.5):
+    wanted = Wanted([filling_of(stored.tensor, local, (at, sizes), np.array(stored.begins))])
+    assert wanted.nbytes == local.numel() * local.element_size()
+    scatter = BoxScatter(wanted)
+    for number, use in scatter.uses().items():
+        image = stored.images[number]
+        needed = wanted.blocks({number: len(image) for number, image in enumerate(stored.images)})[number]
+        for begin, end in units(needed, len(image), fine=chance.random() < 0.5):
             while begin < end:
                 stop = min(end, begin + chance.choice([16, 64, 4096, 1 << 20]))
-                scatter.take(begin, memoryview(image)[begin:stop])
+                use(begin, memoryview(image)[begin:stop])
                 begin = stop
-        scatter.finish()
+    scatter.finish()
     assert torch.equal(local, box_of(stored.values, at, sizes))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_runs_say_of_each_element_where_it_is(seed: int) -> None:
+    """Against the simplest there is: for every element of every piece, its place in the image and in the tensor."""
+    chance = random.Random(2000 + seed)
+    stored = Stored(chance)
+    at, sizes = some_box(chance, stored.tensor.shape)
+    local = torch.zeros(sizes, dtype=stored.dtype)
+    size = local.element_size()
+    wanted = Wanted([filling_of(stored.tensor, local, (at, sizes), np.array(stored.begins))])
+    found = [
+        (image, first + number * stride + byte, to + number * to_stride + byte)
+        for image, first, count, stride, length, to, to_stride in wanted.runs.tolist()
+        for number in range(count)
+        for byte in range(0, length, size)
+    ]
+    expected = []
+    places = torch.arange(local.numel()).view(sizes)
+    for one in stored.tensor.pieces.pieces(stored.tensor.shape):
+        box = itertools.product(*(range(a, a + n) for a, n in zip(one.piece.offsets, one.piece.sizes, strict=True)))
+        for number, element in enumerate(itertools.islice(box, one.piece.start, one.piece.stop)):
+            inner = tuple(x - a for x, a in zip(element, at, strict=True))
+            if all(0 <= x < n for x, n in zip(inner, sizes, strict=True)):
+                byte = stored.begins[one.file] + one.offset + number * size
+                expected.append((one.file, byte, int(places[inner]) * size))
+    assert sorted(found) == sorted(expected)
+    image_bytes = {number: len(image) for number, image in enumerate(stored.images)}
+    blocks = {(image, int(one)) for image, some in wanted.blocks(image_bytes).items() for one in np.flatnonzero(some)}
+    assert blocks == {(image, byte // FINE_BYTES) for image, byte, _ in expected}
 
 
 def one_piece(shape: tuple[int, ...], offset: int = 0, drop: int = 0) -> Described:
@@ -99,8 +132,9 @@ def one_piece(shape: tuple[int, ...], offset: int = 0, drop: int = 0) -> Describ
 
 def read_of(tensor: Described, local: torch.Tensor, at: tuple[int, ...], *, fine: bool) -> int:
     image_bytes = tensor.nbytes + 4096
-    ranges = box_ranges(tensor, local, (at, tuple(local.shape)), [0])
-    return sum(end - begin for begin, end in units(needed_blocks(ranges, image_bytes), image_bytes, fine=fine))
+    wanted = Wanted([filling_of(tensor, local, (at, tuple(local.shape)), np.zeros(1, np.int64))])
+    needed = wanted.blocks({0: image_bytes})[0]
+    return sum(end - begin for begin, end in units(needed, image_bytes, fine=fine))
 
 
 def test_of_a_slice_hardly_more_is_read_than_it_has() -> None:
@@ -117,37 +151,77 @@ def test_rows_that_are_narrower_than_a_block_are_read_once() -> None:
     assert read_of(tensor, torch.zeros(64, 2048), (0, 0), fine=True) <= tensor.nbytes + 2 * FINE_BYTES
 
 
+def test_of_columns_that_are_far_apart_only_their_blocks_are_read() -> None:
+    tensor = one_piece((16, 65536), offset=4096)  # rows of 256 KiB
+    assert read_of(tensor, torch.zeros(16, 100), (0, 0), fine=True) == 16 * FINE_BYTES
+
+
+def test_bytes_that_two_tensors_want_go_to_both() -> None:
+    values = torch.randn(64, 32)
+    whole, columns, begins = torch.zeros(64, 32), torch.zeros(62, 3), np.zeros(1, np.int64)
+    tensor, image = one_piece((64, 32)), memoryview(values.numpy().data).cast("B")
+    fillings = [filling_of(tensor, whole, ((0, 0), (64, 32)), begins)]
+    fillings.append(filling_of(tensor, columns, ((1, 7), (62, 3)), begins))
+    (use,) = BoxScatter(Wanted(fillings)).uses().values()
+    for begin in range(0, len(image), 64):
+        use(begin, image[begin : begin + 64])
+    assert torch.equal(whole, values)
+    assert torch.equal(columns, values[1:63, 7:10])
+
+
 def test_elements_that_are_nowhere_are_missed() -> None:
+    begins, tensor = np.zeros(1, np.int64), one_piece((4, 4), drop=1)
     with pytest.raises(DamagedImage, match="'w'"):
-        box_ranges(one_piece((4, 4), drop=1), torch.zeros(4, 4), ((0, 0), (4, 4)), [0])
-    assert box_ranges(one_piece((4, 4), drop=1), torch.zeros(2, 4), ((1, 0), (2, 4)), [0])
+        filling_of(tensor, torch.zeros(4, 4), ((0, 0), (4, 4)), begins)
+    assert len(filling_of(tensor, torch.zeros(2, 4), ((1, 0), (2, 4)), begins).runs) == 1
 
 
-def cut_in_rows(offset: int) -> Described:
-    """A tensor that four ranks hold some rows of each."""
+def test_a_piece_behind_the_end_of_its_image_is_refused() -> None:
+    wanted = Wanted([filling_of(one_piece((4, 4)), torch.zeros(4, 4), ((0, 0), (4, 4)), np.zeros(1, np.int64))])
+    assert wanted.blocks({0: 64})
+    with pytest.raises(DamagedImage, match="behind the ends"):
+        wanted.blocks({0: 63})
+
+
+def cut_in_rows(offset: int, ranks: int = 4) -> Described:
+    """A tensor of which ranks hold sixteen rows each, in the images of four."""
+    shape = (16 * ranks, 32)
     pieces = [
-        StoredPiece(piece=Piece.box((64, 32), (16 * rank, 0), (16, 32)), file=rank, offset=offset) for rank in range(4)
+        StoredPiece(piece=Piece.box(shape, (16 * rank, 0), (16, 32)), file=rank % 4, offset=offset)
+        for rank in range(ranks)
     ]
-    return Described(name="w", kind="parameter", dtype="float32", shape=(64, 32), pieces=PieceTable.of(pieces))
+    return Described(name="w", kind="parameter", dtype="float32", shape=shape, pieces=PieceTable.of(pieces))
 
 
-def test_of_tensors_that_are_cut_alike_only_the_first_is_thought_about() -> None:
-    """Layers, and a parameter's moments, differ only by where they are. Counted are the calls of Python's functions."""
-    local = torch.zeros(24, 32)
+def calls_of(act: Callable[[], object]) -> int:
+    """How many of Python's functions are called."""
     calls = 0
 
     def count(_frame: object, event: str, _argument: object) -> None:
         nonlocal calls
         calls += event == "call"
 
-    def plan(offset: int) -> int:
-        nonlocal calls
-        tensor, calls = cut_in_rows(offset), 0
-        sys.setprofile(count)
-        ranges = box_ranges(tensor, local, ((20, 0), (24, 32)), [0] * 4)
-        needed_blocks([one for one in ranges if one.image_rank == 1], 1 << 20)
-        sys.setprofile(None)
-        return calls
+    sys.setprofile(count)
+    act()
+    sys.setprofile(None)
+    return calls
 
-    plan(4096)
-    assert plan(8192) < 40
+
+def test_of_tensors_that_are_cut_alike_only_the_first_is_thought_about() -> None:
+    """Layers, and a parameter's moments, differ only by where they are."""
+    local, begins = torch.zeros(24, 32), np.zeros(4, np.int64)
+    filling_of(cut_in_rows(4096), local, ((20, 0), (24, 32)), begins)
+    tensor = cut_in_rows(8192)
+    assert calls_of(lambda: filling_of(tensor, local, ((20, 0), (24, 32)), begins)) < 30
+
+
+def test_thousands_of_pieces_are_planned_as_numbers_not_one_by_one() -> None:
+    ranks = 2000
+    tensor, local = cut_in_rows(4096, ranks), torch.zeros(16 * ranks, 16)
+
+    def plan() -> None:
+        wanted = Wanted([filling_of(tensor, local, ((0, 8), (16 * ranks, 16)), np.zeros(4, np.int64))])
+        assert len(wanted.blocks(dict.fromkeys(range(4), 1 << 20))) == 4
+        assert len(BoxScatter(wanted).uses()) == 4
+
+    assert calls_of(plan) < ranks / 4
