@@ -99,6 +99,8 @@ def _as_boxes(rows: Rows, d: int, itemsize: int) -> Rows:
     """Pieces as whole boxes."""
     rows = _with_whole_rows_as_boxes(rows, d)
     whole = (rows[:, START] == 0) & (rows[:, STOP] == rows[:, BOX + d : BOX + 2 * d].prod(axis=1))
+    if whole.all():
+        return rows
     ranges = [box for row in rows[~whole].tolist() for box in _boxes_of_row(row, d, itemsize)]
     return np.concatenate([rows[whole], np.array(ranges, dtype=np.int64).reshape(-1, BOX + 3 * d)])
 

@@ -98,6 +98,8 @@ def _grown(runs: Rows, size: Rows, stride: Rows, to_stride: int) -> tuple[Rows, 
     }
     for number, column in columns.items():
         runs[:, number] = column
+    if not (times > 1).any():
+        return runs, np.arange(len(runs))
     each, step = _repeated(times)
     runs = runs[each]
     runs[:, FIRST] += step * stride[each]
