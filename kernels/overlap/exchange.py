@@ -1,6 +1,6 @@
 """Rows on their way between ranks, in chunks, while something else is computed. Needs no backend in particular.
 
-`Gather`: each rank's rows to all. `Swap`: to each rank its own rows from all. `Mirror`: all rows, between two ranks. gloo
+`Gather`: each rank's rows to all. `Swap`: to each rank its own rows from all. `Mirror`: all rows, of two ranks. gloo
 gets point-to-point messages, which go straight into place and whose receives can wait from the start; its
 reduce-scatter would move twice the bytes. Other backends ("nccl", "resilient") get their own collectives, one a chunk.
 An error is the group's own, raised by `wait`. Works keep the tensors that they use, so whoever leaves early by an error
