@@ -169,3 +169,10 @@ def test_a_peer_that_is_gone_is_the_groups_own_error_on_the_others(operation: st
     found = ranks.run(jobs.a_peer_goes, 3, operation, backward)[:2]
     assert [name for name, _, _ in found] == ["RuntimeError"] * 2
     assert max(seconds for _, _, seconds in found) < 30  # the group's timeout is 20
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_so_it_is_where_two_ranks_exchange_what_they_have(backward: bool) -> None:
+    name, _, seconds = ranks.run(jobs.a_peer_goes, 2, "matmul_all_reduce", backward)[0]
+    assert name == "RuntimeError"
+    assert seconds < 30
