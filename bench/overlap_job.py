@@ -3,9 +3,14 @@
     RANK=... WORLD_SIZE=... python bench/overlap_job.py '{"calls": [["matmul_reduce_scatter", 2048, 2048, 2048]], ...}'
 
 Rank 0 prints one line of JSON a call. A time is from when the last rank began until the last one had ended; the ways
-take turns, so that all of them see the machine's better and worse moments.
+take turns, so that all of them see the machine's better and worse moments. What the dispatcher chose, the plain way and
+torch's own calls are compared once more, side by side and many times: where the plain way was chosen this is the same
+code twice, so the plain way is timed twice as well, to show what of a difference is noise. Of these the lower quartile
+is taken: medians of two milliseconds move by a seventh where others use the machine.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -29,11 +34,13 @@ from resilient.kernels.overlap.chunks import most  # noqa: E402
 
 Way = Callable[[], object]
 _LEAST_S, _MOST = 4.0, 60  # short calls are repeated for so long, and so many times
+_MOST_BESIDE = 400  # the same, where two are compared side by side
 _SETTLING = 64  # calls until the dispatcher has made up its mind, at most
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
+    _come_first()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     control = dist.new_group()
@@ -43,6 +50,16 @@ def main() -> None:
             print(json.dumps(found), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _come_first() -> None:
+    """Of what else runs on this machine, where that is allowed: all ways are then measured as if it were idle.
+
+    A session's weight counts before a process's, and the kernel calls it autogroup.
+    """
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, -15)
+        Path("/proc/self/autogroup").write_text("-15")
 
 
 def _measured(operation: str, rows: int, inner: int, columns: int, repeats: int, control: Any) -> dict[str, Any]:
@@ -82,14 +99,31 @@ def _measured(operation: str, rows: int, inner: int, columns: int, repeats: int,
         names = list(ways)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             series[name].append(_together(ways[name], control))
+    beside = {**{name: ways[name] for name in ("plain", "dispatched", "torch")}, "plain again": ways["plain"]}
+    compared = _side_by_side(beside, repeats, control)
     difference = float((way()() - way(method="plain")()).abs().max())
     return {
         "call": [operation, rows, inner, columns],
         "seconds": {name: statistics.median(values) for name, values in series.items()},
+        "beside": compared,
         "choice": str(explained.choice),
         "reason": explained.reason,
         "difference": difference,
     }
+
+
+def _side_by_side(ways: dict[str, Way], repeats: int, control: Any) -> dict[str, float]:
+    """Seconds that a quarter of the calls stay below: what else runs on the machine only ever adds.
+
+    They take turns in every order, so none is always the first, or always follows the same one.
+    """
+    orders = list(itertools.permutations(ways))
+    warm_s = sum(_together(run, control) for run in ways.values())
+    series: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(max(repeats, min(_MOST_BESIDE, int(_LEAST_S / warm_s)))):
+        for name in orders[number % len(orders)]:
+            series[name].append(_together(ways[name], control))
+    return {name: sorted(values)[len(values) // 4] for name, values in series.items()}
 
 
 def _torch(operation: str, input: Tensor, weight: Tensor, world: int) -> Tensor:

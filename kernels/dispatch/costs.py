@@ -92,7 +92,8 @@ def parts(costs: Costs, call: Call) -> Parts:
 def predicted_s(costs: Costs, call: Call, chunks: int) -> float:
     """What a call takes in `chunks` chunks; in one, it is the plain call.
 
-    The longer of the two parts, and of the shorter one what nothing can hide: a chunk of it, at one end or the other.
+    The longer of the two parts, and of the shorter one what nothing can hide: a chunk of it, at one end or the other,
+    or half a chunk where those at the ends are smaller (`tapered`).
     """
     alone = parts(costs, call)
     if chunks == 1:
@@ -102,5 +103,7 @@ def predicted_s(costs: Costs, call: Call, chunks: int) -> float:
     pieces = call.rows / rows
     compute_s = pieces * costs.multiply_s(rows, call.inner, call.columns) + alone.compute_s * (call.backward / 2)
     line = costs.lines[call.operation]
-    communicate_s = cuts * line.seconds(call.nbytes / cuts)
-    return max(compute_s, communicate_s) + min(compute_s, communicate_s) / cuts
+    smaller_ends = call.operation == "matmul_all_reduce"
+    communicate_s = (cuts + smaller_ends) * line.latency_s + call.nbytes / line.bytes_per_s
+    bare = 1 / (2 * cuts) if smaller_ends else 1 / cuts
+    return max(compute_s, communicate_s) + min(compute_s, communicate_s) * bare

@@ -130,7 +130,7 @@ class Dispatcher:
         Raises CollectiveMismatch on all ranks when they come with different new shapes. While a CUDA graph is captured,
         the choice is the plain way: a graph can wait for nobody, and would repeat a fused kernel's signals.
         """
-        if capturing(call.device):
+        if call.device != "cpu" and capturing(call.device):
             return way(PLAIN)
         shape = self._shapes.get(call)
         if shape is None:

@@ -33,7 +33,7 @@ def all_gather_matmul(
         return ways.gather(choice, call, shard, weight, group, keep=keep)
 
     product, gathered = _dispatch(call, group, way, run)
-    return _biased(product, bias), gathered
+    return product if bias is None else product.add_(bias), gathered
 
 
 def all_gather_matmul_backward(
@@ -54,7 +54,7 @@ def all_gather_matmul_backward(
 def matmul_reduce_scatter(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, way: str) -> Tensor:
     call = _call("matmul_reduce_scatter", input, weight, bias, group)
     product = _dispatch(call, group, way, lambda choice: ways.scatter(choice, call, input, weight, group))
-    return _biased(product, bias)
+    return product if bias is None else product.add_(bias)
 
 
 def matmul_reduce_scatter_backward(
@@ -81,7 +81,7 @@ def matmul_reduce_scatter_backward(
 def matmul_all_reduce(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, way: str) -> Tensor:
     call = _call("matmul_all_reduce", input, weight, bias, group)
     product = _dispatch(call, group, way, lambda choice: ways.reduce(choice, call, input, weight, group))
-    return _biased(product, bias)
+    return product if bias is None else product.add_(bias)
 
 
 def replicated_matmul(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, way: str) -> Tensor:
@@ -90,7 +90,8 @@ def replicated_matmul(input: Tensor, weight: Tensor, bias: Tensor | None, group:
     All the same, ranks compare a shape when it is new: one that fails alone would leave the others waiting for it.
     """
     dispatcher_of(group).check_replicated(_call("matmul_all_reduce", input, weight, bias, group), group)
-    return _biased(torch.mm(input, weight), bias)
+    product = torch.mm(input, weight)
+    return product if bias is None else product.add_(bias)
 
 
 def replicated_matmul_backward(
@@ -112,14 +113,16 @@ def described(
     operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, backward: bool = False
 ) -> Call | str:
     """What a call is, or in words why it cannot be done."""
-    tensors = (input, weight) if bias is None else (input, weight, bias)
+    dtypes, devices = (input.dtype, weight.dtype), (input.device, weight.device)
+    if bias is not None:
+        dtypes, devices = (*dtypes, bias.dtype), (*devices, bias.device)  # type: ignore[assignment]
     return _described(
         operation,
         input.shape,
         weight.shape,
         None if bias is None else bias.shape,
-        tuple(tensor.dtype for tensor in tensors),
-        tuple(tensor.device for tensor in tensors),
+        dtypes,
+        devices,
         group.size(),
         input.is_contiguous(),
         backward,
@@ -176,7 +179,3 @@ def _dispatch(call: Call, group: Group, way: str, run: Callable[[Choice], Result
     choice = Choice(method=method, chunks=int(chunks or "1"))  # type: ignore[arg-type]
     dispatcher_of(group).check(call, choice, group)
     return run(choice)
-
-
-def _biased(product: Tensor, bias: Tensor | None) -> Tensor:
-    return product if bias is None else product.add_(bias)

@@ -21,6 +21,7 @@ from resilient.kernels.dispatch.dispatcher import Explanation, dispatcher_of
 from resilient.kernels.overlap.call import ACTIVATIONS, OPERATIONS, Call, Operation
 from resilient.kernels.overlap.exchange import Group
 
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
@@ -170,16 +171,18 @@ def _ready(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _group(group), input, weight, bias
+    return _group(group) if group is None else group, input, weight, bias
 
 
 def _bare(*tensors: Tensor | None) -> bool:
     """Whether nobody follows what is done with the tensors: an operator would cost ten microseconds for nothing."""
     if torch.compiler.is_compiling():
         return False
-    given = [tensor for tensor in tensors if tensor is not None]
-    followed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    return not followed and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given)
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and ((grad and tensor.requires_grad) or type(tensor) not in _PLAIN_TYPES):
+            return False
+    return True
 
 
 def _way(method: Method | None, chunks: int, activation: str | None) -> str:

@@ -1,9 +1,10 @@
 """Rows on their way between ranks, in chunks, while something else is computed. Needs no backend in particular.
 
-`Gather`: each rank's rows to all. `Swap`: to each rank its own rows from all. gloo gets point-to-point messages, which
-go straight into place and whose receives can wait from the start; its reduce-scatter would move twice the bytes. Other
-backends ("nccl", "resilient") get their own collectives, one a chunk. An error is the group's own, raised by `wait`.
-Works keep the tensors that they use, so whoever leaves early by an error leaves no memory that is still written to.
+`Gather`: each rank's rows to all. `Swap`: to each rank its own rows from all. `Mirror`: all rows, of two ranks. gloo
+gets point-to-point messages, which go straight into place and whose receives can wait from the start; its
+reduce-scatter would move twice the bytes. Other backends ("nccl", "resilient") get their own collectives, one a chunk.
+An error is the group's own, raised by `wait`. Works keep the tensors that they use, so whoever leaves early by an error
+leaves no memory that is still written to.
 """
 
 from collections.abc import Sequence
@@ -142,6 +143,30 @@ class Swap:
         return dist.all_to_all_single(
             into.view(-1, width), box.view(-1, width), splits, splits, group=self._group, async_op=True
         )
+
+
+class Mirror:
+    """Two ranks, by messages: chunk by chunk, each gets all that the other has."""
+
+    def __init__(self, whole: Tensor, cuts: Sequence[tuple[int, int]], group: Group) -> None:
+        """`whole`: [rows, width], to be filled chunk by chunk. Receives start here."""
+        self._whole, self._cuts, self._group = whole, cuts, group
+        self._peer = 1 - group.rank()
+        self._in = torch.empty_like(whole)
+        self._receives = [_receive(self._in[begin:end], self._peer, group) for begin, end in cuts]
+        self._sends: list[Any] = []
+
+    def sent(self, chunk: int) -> None:
+        """A chunk is filled, and may leave. Chunks come in order."""
+        begin, end = self._cuts[chunk]
+        self._sends.append(_send(self._whole[begin:end], self._peer, self._group))
+
+    def wait(self, chunk: int) -> dict[int, Tensor]:
+        """Blocks until a chunk has come, and the own one has left; the peer's rows by its rank."""
+        self._receives[chunk].wait()
+        self._sends[chunk].wait()
+        begin, end = self._cuts[chunk]
+        return {self._peer: self._in[begin:end]}
 
 
 def _send(rows: Tensor, peer: int, group: Group) -> Any:

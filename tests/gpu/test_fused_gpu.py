@@ -1,15 +1,18 @@
 """The fused kernels on CUDA: results, gradients, memory used again, a rank that does not come. `make test-gpu`.
 
 The same bodies as in tests/kernels/fused, which run them in Triton's interpreter. With fewer GPUs than ranks, ranks
-share one: that proves results and the protocol, and says nothing about speed.
+share one: that proves results and the protocol, and says nothing about speed. Operands are others in every run; their
+seed is printed.
 """
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from tests.kernels.fused import endings, jobs
+from tests.kernels.overlap import jobs as overlapped
 from tests.multiprocess.ranks import run
 
 pytestmark = [
@@ -18,6 +21,13 @@ pytestmark = [
 ]
 WORLDS = (1, 2, 4)
 LARGE = ((256, 512, 256), (130, 1000, 264), (1024, 128, 96), (77, 129, 65))
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = str(random.randrange(1 << 30))
+    print("RESILIENT_TEST_SEED =", seed)
+    monkeypatch.setenv("RESILIENT_TEST_SEED", seed)
 
 
 def on_gpu(body: Any, world: int, *arguments: Any) -> list[Any]:
@@ -51,6 +61,11 @@ def test_sums_have_the_same_bits_in_every_run_and_on_every_rank() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_gradients_are_those_of_the_whole_computation(world: int) -> None:
     on_gpu(jobs.gradients, world)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_functions_of_the_dispatcher_give_the_gradients_of_the_whole(world: int) -> None:
+    on_gpu(overlapped.gradients, world, "fused", 1, None, torch.float32)
 
 
 def test_a_rank_that_does_not_come_is_named_on_all_ranks() -> None:

@@ -1,12 +1,14 @@
 """What the ranks of these tests do: bodies for `tests.multiprocess.ranks.run`, in processes of their own."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -126,6 +128,23 @@ def small() -> list[Any]:
     group = dist.group.WORLD
     assert group is not None
     return [str(explained), explained.settled, len(dispatcher_of(group)._costs)]
+
+
+def python_calls(method: Method | None) -> int:
+    """How many functions of Python a call of a small shape enters, once its way is known."""
+    rows, weight, group = torch.ones(16, 8), torch.ones(8, 8), dist.group.WORLD
+    for _ in range(2):
+        dispatch.matmul_all_reduce(rows, weight, group, method=method)
+    entered: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "kernels" in frame.f_code.co_filename:
+            entered.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    dispatch.matmul_all_reduce(rows, weight, group, method=method)
+    sys.setprofile(None)
+    return len(entered)
 
 
 def a_peer_goes(operation: str, backward: bool) -> list[Any]:

@@ -86,6 +86,13 @@ def test_a_small_shape_is_done_the_plain_way_without_being_timed() -> None:
     assert said[0] == said[1] == ["plain: 64 rows are too few for two chunks of 256", True, 0]
 
 
+def test_a_settled_call_enters_few_functions() -> None:
+    """After a matmul the caches hold none of their code: each costs a microsecond, of a call of a millisecond."""
+    settled, named = (ranks.run(jobs.python_calls, 2, method)[0] for method in (None, "plain"))
+    assert settled <= named
+    assert settled <= 16
+
+
 def test_a_shape_with_other_rows_takes_over_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RESILIENT_CACHE_DIR", str(tmp_path))
     said = ranks.run(jobs.rows_that_vary, 2)
@@ -162,3 +169,10 @@ def test_a_peer_that_is_gone_is_the_groups_own_error_on_the_others(operation: st
     found = ranks.run(jobs.a_peer_goes, 3, operation, backward)[:2]
     assert [name for name, _, _ in found] == ["RuntimeError"] * 2
     assert max(seconds for _, _, seconds in found) < 30  # the group's timeout is 20
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_so_it_is_where_two_ranks_exchange_what_they_have(backward: bool) -> None:
+    name, _, seconds = ranks.run(jobs.a_peer_goes, 2, "matmul_all_reduce", backward)[0]
+    assert name == "RuntimeError"
+    assert seconds < 30

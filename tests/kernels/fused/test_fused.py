@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -45,6 +46,12 @@ def test_rows_need_not_divide_by_the_ranks_in_an_all_reduce() -> None:
 @pytest.mark.parametrize(("world", "count"), [(2, 400), (3, 45)])
 def test_memory_is_used_again_by_many_calls_and_every_number_is_right(world: int, count: int) -> None:
     assert interpreted(jobs.many_calls, world, count) == [0] * world
+
+
+@pytest.mark.parametrize(("world", "count"), [(2, 3000), (3, 600)])
+def test_signals_are_used_again_by_thousands_of_epochs(world: int, count: int) -> None:
+    seed = random.randrange(1 << 30)
+    assert interpreted(jobs.thousands_of_epochs, world, count, seed) == [(0, 0)] * world, f"seed {seed}"
 
 
 def test_calls_may_be_counted_beyond_what_fits_a_signal() -> None:

@@ -16,8 +16,10 @@ TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 0.15, to
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The same on every rank."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    """The same on every rank, on the default device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def close(one: Tensor, other: Tensor) -> None:
@@ -93,7 +95,8 @@ def sums(chunks: int) -> list[float]:
 
 def gradients(method: Any, chunks: int, activation: str | None = None, dtype: torch.dtype = torch.float64) -> None:
     """Of all functions, against autograd of the whole product."""
-    os.environ["TRITON_INTERPRET"] = "1"  # for fused kernels, which are there for GPUs
+    if torch.get_default_device().type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # for fused kernels, which are there for GPUs
     case = Case(64, 12, 20, dtype)
     whole_input, whole_weight = case.input.clone().requires_grad_(), case.weight.clone().requires_grad_()
     whole_bias = case.bias.clone().requires_grad_()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient.kernels.overlap.call import Call, problem
-from resilient.kernels.overlap.chunks import LEAST_ROWS, cut, most, peers_of
+from resilient.kernels.overlap.chunks import LEAST_ROWS, cut, most, peers_of, tapered
 
 
 @given(rows=st.integers(1, 5000), chunks=st.integers(1, 64))
@@ -17,6 +17,20 @@ def test_cuts_cover_all_rows_once_in_order_and_differ_by_one_at_most(rows: int, 
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
     assert len(pieces) == min(rows, chunks)
+
+
+@given(rows=st.integers(1, 5000), chunks=st.integers(1, 64))
+def test_tapered_cuts_cover_all_rows_once_and_halve_the_two_at_the_ends(rows: int, chunks: int) -> None:
+    pieces = tapered(rows, chunks)
+    assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
+    assert pieces[-1][1] == rows
+    sizes = [end - begin for begin, end in pieces]
+    assert min(sizes) >= 1
+    if chunks > 1 and rows >= 2 * chunks:
+        assert len(sizes) == chunks + 1
+        assert abs(sizes[0] - rows / (2 * chunks)) < 1
+        assert abs(sizes[-1] - rows / (2 * chunks)) < 1
+        assert max(sizes[1:-1]) - min(sizes[1:-1]) <= 1
 
 
 @given(rows=st.integers(1, 5000))
