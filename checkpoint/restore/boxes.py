@@ -203,8 +203,8 @@ class BoxScatter:
 
 
 def _is_plain(local: Tensor) -> bool:
-    """Whether its elements lie in host memory, row-major."""
-    return local.device.type == "cpu" and local.is_contiguous()
+    """Whether its elements lie in host memory, row-major and as they are (not as conjugates of what is there)."""
+    return local.device.type == "cpu" and local.is_contiguous() and not (local.is_conj() or local.is_neg())
 
 
 def _host_array(local: Tensor) -> Any:

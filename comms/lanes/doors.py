@@ -13,7 +13,7 @@ from resilient.comms.lanes.wiring import Wiring
 
 _THREADS = 4
 _KNOCK_S = 1.0
-_LAST_WORDS_S = 0.2  # what one that has ended said before may still be on its way
+_LAST_WORDS_S = 0.5  # what one that has ended said before may still be on its way
 
 
 class Doors:

@@ -35,12 +35,14 @@ Resilient = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory, eventually: Callable[..., None]) -> tuple[Path, Path]:
     """(durable, local) as a job has left them; not to be changed."""
     folder = tmp_path_factory.mktemp("snapshots")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RESILIENT_RUNTIME_DIR", str(tmp_path_factory.mktemp("r")))
         run(snapshots.save, snapshots.RANKS, str(folder / "durable"), str(folder / "local"))
+        claim = folder / "durable" / "claim.json"
+        eventually(lambda: not claim.exists(), "the agent gives the claim back at its end")
     return folder / "durable", folder / "local"
 
 

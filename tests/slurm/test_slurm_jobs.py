@@ -159,6 +159,7 @@ dist.init_process_group("gloo")
 total = torch.tensor([10.0 ** dist.get_rank()])
 dist.all_reduce(total)
 print(int(total), os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"], os.environ["RESILIENT_NODE"])
+dist.destroy_process_group()
 """
     command = ("srun", "-N", "2", "--ntasks-per-node=2", "--overcommit", sys.executable, "-c", program)
     said = sorted(cluster.run(*command, environment={"MASTER_ADDR": "127.0.0.1"}).split("\n")[:-1])
