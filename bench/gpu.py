@@ -6,12 +6,13 @@ only: kernels that wait for one another then take turns on the GPU, and no time 
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from bench.overlap_job import in_turn  # noqa: E402
 from resilient.kernels import fused  # noqa: E402
 from resilient.kernels.fused.shapes import OPERATIONS, Operation  # noqa: E402
 
@@ -154,22 +156,6 @@ def together(repeats: int) -> list[Timed]:
     return rows
 
 
-def in_turn(operation: Operation, left: Tensor, weight: Tensor) -> Tensor:
-    """A product and a collective, one after the other, as torch's users write it."""
-    world = dist.get_world_size()
-    if operation == "all_gather_matmul":
-        whole = left.new_empty(world * len(left), left.shape[1])
-        dist.all_gather_into_tensor(whole, left)
-        return whole @ weight
-    product = left @ weight
-    if operation == "matmul_all_reduce":
-        dist.all_reduce(product)
-        return product
-    own = product.new_empty(len(product) // world, product.shape[1])
-    dist.reduce_scatter_tensor(own, product)
-    return own
-
-
 def _torchs_own(operation: Operation, left: Tensor, weight: Tensor) -> Way | None:
     """Its fused operator, where it has one."""
     group = dist.group.WORLD
@@ -230,24 +216,27 @@ def _rank(rank: int, world: int, folder: str, work: str, repeats: int) -> None:
     backend = "gloo" if shared or world == 1 else "nccl"  # NCCL refuses two ranks on one GPU
     dist.init_process_group(backend, init_method=f"file://{folder}/{work}", rank=rank, world_size=world)
     bodies: dict[str, Callable[[], object]] = {
-        "alone": lambda: alone(repeats),
-        "together": lambda: together(repeats),
+        "alone": lambda: [asdict(one) for one in alone(repeats)],
+        "together": lambda: [asdict(one) for one in together(repeats)],
         "differences": differences,
     }
     result = bodies[work]()
     if rank == 0:
-        torch.save(result, Path(folder) / f"{work}.result")
+        Path(folder, f"{work}.json").write_text(json.dumps(result))
     torch.cuda.synchronize()
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _run(work: str, world: int, folder: str, repeats: int) -> Any:
-    # The ranks import this file by its name, so that what they save can be read here.
     torch.multiprocessing.start_processes(
         _rank, args=(world, folder, work, repeats), nprocs=world, start_method="spawn"
     )
-    return torch.load(Path(folder) / f"{work}.result", weights_only=False)  # of our own processes
+    return json.loads(Path(folder, f"{work}.json").read_text())
+
+
+def _rows(found: list[dict[str, Any]]) -> list[Timed]:
+    return [Timed(**{**one, "shape": tuple(one["shape"])}) for one in found]
 
 
 def main() -> int:
@@ -266,8 +255,8 @@ def main() -> int:
             device=f"{count} × {torch.cuda.get_device_name()}",
             versions=f"torch {torch.__version__}, Triton {triton.__version__}",
             ranks=max(2, count),
-            alone=_run("alone", 1, folder, repeats),
-            together=_run("together", count, folder, repeats) if count > 1 else [],
+            alone=_rows(_run("alone", 1, folder, repeats)),
+            together=_rows(_run("together", count, folder, repeats)) if count > 1 else [],
             differences=_run("differences", max(2, count), folder, repeats),
         )
     chosen.out.write_text(page(found))
@@ -276,6 +265,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from bench import gpu  # by its name, so that spawned ranks and this process mean the same classes
-
-    sys.exit(gpu.main())
+    sys.exit(main())

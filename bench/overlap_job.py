@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _measured(operation: str, rows: int, inner: int, columns: int, repeats: int,
         return lambda: function(input, weight, **how)
 
     ways: dict[str, Way] = {
-        "torch": lambda: _torch(operation, input, weight, world),
+        "torch": lambda: in_turn(operation, input, weight),
         "compute": lambda: torch.mm(whole, weight),
         "communicate": _communicate(operation, rows, inner if gathers else columns),
         "plain": way(method="plain"),
@@ -93,41 +93,40 @@ def _measured(operation: str, rows: int, inner: int, columns: int, repeats: int,
             break
     else:
         raise RuntimeError(f"no verdict for {operation} after {_SETTLING} calls")
-    warm_s = sum(_together(run, control) for run in ways.values())
-    series: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(max(repeats, min(_MOST, int(_LEAST_S / warm_s)))):
-        names = list(ways)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            series[name].append(_together(ways[name], control))
+    names = list(ways)
+    turns = [names[first:] + names[:first] for first in range(len(names))]
+    series = _series(ways, turns, repeats, _MOST, control)
     beside = {**{name: ways[name] for name in ("plain", "dispatched", "torch")}, "plain again": ways["plain"]}
-    compared = _side_by_side(beside, repeats, control)
+    orders = list(itertools.permutations(beside))  # so none is always the first, or always follows the same one
+    compared = _series(beside, orders, repeats, _MOST_BESIDE, control)
     difference = float((way()() - way(method="plain")()).abs().max())
     return {
         "call": [operation, rows, inner, columns],
         "seconds": {name: statistics.median(values) for name, values in series.items()},
-        "beside": compared,
+        # What a quarter of the calls stay below: what else runs on the machine only ever adds.
+        "beside": {name: sorted(values)[len(values) // 4] for name, values in compared.items()},
         "choice": str(explained.choice),
         "reason": explained.reason,
         "difference": difference,
     }
 
 
-def _side_by_side(ways: dict[str, Way], repeats: int, control: Any) -> dict[str, float]:
-    """Seconds that a quarter of the calls stay below: what else runs on the machine only ever adds.
-
-    They take turns in every order, so none is always the first, or always follows the same one.
-    """
-    orders = list(itertools.permutations(ways))
+def _series(
+    ways: dict[str, Way], orders: Sequence[Sequence[str]], repeats: int, most: int, control: Any
+) -> dict[str, list[float]]:
+    """Seconds of each way, which take turns in one order after another: `repeats` times, or more where that is quick,
+    up to `most`."""
     warm_s = sum(_together(run, control) for run in ways.values())
     series: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(max(repeats, min(_MOST_BESIDE, int(_LEAST_S / warm_s)))):
+    for number in range(max(repeats, min(most, int(_LEAST_S / warm_s)))):
         for name in orders[number % len(orders)]:
             series[name].append(_together(ways[name], control))
-    return {name: sorted(values)[len(values) // 4] for name, values in series.items()}
+    return series
 
 
-def _torch(operation: str, input: Tensor, weight: Tensor, world: int) -> Tensor:
-    """As it would be written with torch alone."""
+def in_turn(operation: str, input: Tensor, weight: Tensor) -> Tensor:
+    """A product and a collective, one after the other, as it would be written with torch alone."""
+    world = dist.get_world_size()
     if operation == "all_gather_matmul":
         whole = input.new_empty(world * len(input), input.shape[1])
         dist.all_gather_into_tensor(whole, input)

@@ -158,11 +158,7 @@ class Blocks:
         if reading is not None:
             reading.close()
 
-    def gather(
-        self,
-        uses: Uses,
-        needs: Needs,
-    ) -> Damaged:
+    def gather(self, uses: Uses, needs: Needs) -> Damaged:
         """Bring the needed blocks of images to `uses`, by image; then agree on what cannot be used. Collective.
 
         The images have been compared with the index (`disagrees`).

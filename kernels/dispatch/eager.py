@@ -113,9 +113,10 @@ def described(
     operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, backward: bool = False
 ) -> Call | str:
     """What a call is, or in words why it cannot be done."""
-    dtypes, devices = (input.dtype, weight.dtype), (input.device, weight.device)
+    dtypes: tuple[torch.dtype, ...] = (input.dtype, weight.dtype)
+    devices: tuple[torch.device, ...] = (input.device, weight.device)
     if bias is not None:
-        dtypes, devices = (*dtypes, bias.dtype), (*devices, bias.device)  # type: ignore[assignment]
+        dtypes, devices = (*dtypes, bias.dtype), (*devices, bias.device)
     return _described(
         operation,
         input.shape,
